@@ -1,0 +1,21 @@
+"""Everything that bitnet_edu refuses is a `BitNetError`: one sentence on what is wrong, one on what to do."""
+
+
+class BitNetError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class CheckpointError(BitNetError):
+    """A model file that is damaged, incomplete or of another architecture."""
+
+
+class ContextLengthError(BitNetError):
+    """More tokens than the KV cache, or the model's trained context, can hold."""
+
+
+class DownloadError(BitNetError):
+    """A model that could not be fetched: no network, no such repository, no access, no disk, bad checksum."""
+
+
+class InputError(BitNetError, ValueError):
+    """An argument that cannot be right: a token id outside the vocabulary, an empty prompt, a negative count."""

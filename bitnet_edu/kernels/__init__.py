@@ -1,0 +1,1 @@
+"""Ternary arithmetic compiled by Numba: the teaching ladder and the production kernels."""

@@ -1,0 +1,45 @@
+"""The parity ledger: every claim "ours equals theirs" in the book is one row, checked as it is printed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+
+class Ledger:
+    """The comparisons of one chapter. `check` prints a row and raises AssertionError if it fails.
+
+    Inside a checkout of the book the rows are also kept in _build/ledger/<chapter>.json, from
+    which the page "The parity ledger" is built.
+    """
+
+    def __init__(self, chapter: str):
+        self.chapter = chapter
+        self.rows: list[dict] = []
+        book = next((p for p in (Path.cwd(), Path.cwd().parent) if (p / "_toc.yml").exists()), None)
+        self.file = book / "_build" / "ledger" / f"{chapter}.json" if book else None
+
+    def check(
+        self, what: str, ours: np.ndarray, theirs: np.ndarray, bound: float = 0.0, why: str = ""
+    ) -> None:
+        """Compare two arrays of one shape. bound 0 asks for equality; `why` says where a bound comes from."""
+        ours, theirs = np.asarray(ours), np.asarray(theirs)
+        assert ours.shape == theirs.shape, f"{what}: shapes {ours.shape} and {theirs.shape} differ"
+        difference = float(np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max())
+        verdict = "exact" if difference == 0 else f"max difference {difference:.1e}"
+        row = {"chapter": self.chapter, "what": what, "elements": ours.size}
+        row |= {"max_difference": difference, "bound": bound, "why": why}
+        self.rows.append(row)
+        if self.file:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
+        print(f"{what:<44} {ours.size:>9,} values   {verdict:<24} bound {bound:.1e}")
+        # written so that NaN fails too
+        assert difference <= bound, (
+            f"{what}: difference {difference:.3g} exceeds the bound {bound:.3g}"
+        )
+
+
+def read_ledger(folder: Path) -> list[dict]:
+    """All rows that the chapters left in `folder`, in the order of the chapters."""
+    return [row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text())]

@@ -1,0 +1,86 @@
+"""The book's figures: one set of colours and shapes for every picture of the same thing."""
+
+import base64
+import io
+
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import HTML
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: distinguishable with every common form of colour blindness.
+MINUS, ZERO, PLUS = "#D55E00", "#BBBBBB", "#0072B2"
+SERIES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+TERNARY = ListedColormap([MINUS, ZERO, PLUS])
+
+STYLE = {
+    "figure.figsize": (7.0, 3.2),
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": plt.cycler(color=SERIES),
+}
+
+
+def figure(rows: int = 1, columns: int = 1, **options) -> tuple[Figure, Axes | np.ndarray]:
+    """`plt.subplots` in the book's style."""
+    with plt.rc_context(STYLE):
+        return plt.subplots(rows, columns, **options)
+
+
+def show(fig: Figure, alt: str) -> HTML:
+    """The figure as an image with a text alternative, the same in JupyterLab, Colab and the book."""
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=160)
+    plt.close(fig)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    alt = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    style = f"max-width:100%;width:{fig.get_figwidth() * 100:.0f}px;background:#fff"
+    return HTML(f'<img alt="{alt}" style="{style}" src="data:image/png;base64,{data}">')
+
+
+def draw_ternary(ax: Axes, codes: np.ndarray, numbers: bool = True) -> None:
+    """A matrix of codes, int[rows, columns] in {-1, 0, 1}, as coloured squares."""
+    ax.pcolormesh(codes, cmap=TERNARY, vmin=-1, vmax=1, edgecolors="white", linewidth=1.5)
+    for (row, column), code in np.ndenumerate(codes) if numbers else ():
+        color = "black" if code == 0 else "white"
+        ax.text(
+            column + 0.5,
+            row + 0.5,
+            f"{code:+d}" if code else "0",
+            color=color,
+            ha="center",
+            va="center",
+        )
+    _matrix_axes(ax)
+
+
+def draw_floats(ax: Axes, values: np.ndarray, numbers: bool = False) -> None:
+    """A matrix of floats as circles: the area is the size, the colour the sign."""
+    rows, columns = values.shape
+    largest = np.abs(values).max() or 1.0
+    for (row, column), value in np.ndenumerate(values):
+        radius = 0.46 * np.sqrt(abs(value) / largest)
+        color = PLUS if value > 0 else MINUS
+        ax.add_patch(plt.Circle((column + 0.5, row + 0.5), radius, color=color, alpha=0.75))
+        if numbers:
+            ax.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=8)
+    ax.set_xlim(0, columns)
+    ax.set_ylim(0, rows)
+    _matrix_axes(ax)
+
+
+def _matrix_axes(ax: Axes) -> None:
+    ax.invert_yaxis()
+    ax.set_aspect("equal")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.grid(False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)

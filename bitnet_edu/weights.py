@@ -1,0 +1,121 @@
+"""What a model is made of: its shape and its arrays, as every format is read into and written from."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class BitNetConfig(NamedTuple):
+    """The shape of a model, under the names of Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    rope_theta: float
+    rms_norm_eps: float
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """[out, in] of a layer's seven ternary matrices, in the order of `LayerWeights`."""
+        hidden, ffn = self.hidden_size, self.intermediate_size
+        kv = self.num_key_value_heads * self.head_dim
+        return {
+            "q_proj": (hidden, hidden),
+            "k_proj": (kv, hidden),
+            "v_proj": (kv, hidden),
+            "o_proj": (hidden, hidden),
+            "gate_proj": (ffn, hidden),
+            "up_proj": (ffn, hidden),
+            "down_proj": (hidden, ffn),
+        }
+
+
+BITNET_2B4T = BitNetConfig(
+    vocab_size=128256,
+    hidden_size=2560,
+    intermediate_size=6912,
+    num_hidden_layers=30,
+    num_attention_heads=20,
+    num_key_value_heads=5,
+    max_position_embeddings=4096,
+    rope_theta=500000.0,
+    rms_norm_eps=1e-5,
+    bos_token_id=128000,
+    eos_token_ids=(128001, 128009),
+)
+
+
+class TernaryMatrix(NamedTuple):
+    """A weight matrix [out, in] of {-1, 0, +1} * scale, packed in Hugging Face's layout."""
+
+    packed: np.ndarray  # uint8[out/4, in], possibly memory-mapped
+    scale: np.float32  # multiplies, whatever the file says
+
+
+class LayerWeights(NamedTuple):
+    """One decoder layer: seven ternary matrices, four float32 norm weights."""
+
+    q_proj: TernaryMatrix
+    k_proj: TernaryMatrix
+    v_proj: TernaryMatrix
+    o_proj: TernaryMatrix
+    gate_proj: TernaryMatrix
+    up_proj: TernaryMatrix
+    down_proj: TernaryMatrix
+    input_layernorm: np.ndarray  # [hidden]
+    post_attention_layernorm: np.ndarray  # [hidden]
+    attn_sub_norm: np.ndarray  # [hidden]
+    ffn_sub_norm: np.ndarray  # [intermediate]
+
+
+class Weights(NamedTuple):
+    """A whole model. Embedding and head keep the dtype of the file (bfloat16, float16 or float32)."""
+
+    embedding: np.ndarray  # [vocab, hidden]
+    layers: tuple[LayerWeights, ...]
+    norm: np.ndarray  # float32[hidden]
+    lm_head: np.ndarray  # [vocab, hidden]; the same array as `embedding` where the two are tied
+
+
+def random_weights(config: BitNetConfig, seed: int = 0) -> Weights:
+    """A model of any shape with random ternary weights, for measuring and testing without a download."""
+    import ml_dtypes
+
+    rng = np.random.default_rng(seed)
+
+    def ternary(out: int, n: int) -> TernaryMatrix:
+        # every pair of bits is drawn from {0, 1, 2} by drawing the byte from its 81 legal values
+        legal = np.array(
+            [b for b in range(256) if all(b >> s & 3 < 3 for s in (0, 2, 4, 6))], np.uint8
+        )
+        packed = legal[rng.integers(0, 81, size=(out // 4, n), dtype=np.uint8)]
+        return TernaryMatrix(packed, np.float32(1.2 / np.sqrt(n)))
+
+    def norm(n: int) -> np.ndarray:
+        return rng.uniform(0.5, 1.5, n).astype(ml_dtypes.bfloat16).astype(np.float32)
+
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    embedding = np.empty((config.vocab_size, hidden), ml_dtypes.bfloat16)
+    for row in embedding:
+        row[:] = rng.standard_normal(hidden, dtype=np.float32)
+    layers = tuple(
+        LayerWeights(
+            *(ternary(*shape) for shape in config.matrix_shapes.values()),
+            norm(hidden),
+            norm(hidden),
+            norm(hidden),
+            norm(ffn),
+        )
+        for _ in range(config.num_hidden_layers)
+    )
+    return Weights(embedding, layers, norm(hidden), embedding)
