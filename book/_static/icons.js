@@ -1,0 +1,2 @@
+// Keeps the <i> element of every icon (the default replaces it), as the widgets' Play button needs.
+window.FontAwesomeConfig = { autoReplaceSvg: "nest" };
