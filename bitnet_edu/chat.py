@@ -7,7 +7,7 @@ from bitnet_edu.generate import BitNetLM, generate_ids
 
 
 class ChatSession:
-    """A conversation with a model. `messages` is the transcript and may be read, saved or edited."""
+    """A conversation with a model. `messages` is the transcript: read, save or edit it."""
 
     def __init__(self, model: BitNetLM, system: str | None = None, max_len: int | None = None):
         self.model = model

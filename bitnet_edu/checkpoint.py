@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json and safetensors, in every form that transformers reads for BitNet.
+"""Hugging Face folders: config.json and safetensors, in every form that transformers reads.
 
 | `quantization_config` | linear weights in the file | scale in the file |
 | --- | --- | --- |
@@ -6,7 +6,7 @@
 | bitlinear | uint8 packed | divides |
 | autobitlinear, online | float master weights, ternarized on load | none |
 
-Anything that cannot be right raises `CheckpointError`, which names file, tensor, expected and found.
+What cannot be right raises `CheckpointError`, which names file, tensor, expected and found.
 """
 
 import json
@@ -45,7 +45,7 @@ NORMS = {
 
 
 def read_folder(folder: Path, ternarize: bool = False) -> tuple[BitNetConfig, Weights]:
-    """Read a checkpoint folder. Packed weights and the embedding stay memory-mapped, nothing is copied.
+    """Read a checkpoint folder. Packed weights and the embedding stay memory-mapped, not copied.
 
     ternarize=True accepts a folder without `quantization_config`, whose weights transformers would
     run dense, and ternarizes them by absmean. Raises CheckpointError.
@@ -89,7 +89,7 @@ def read_json(path: Path, default: dict | None = None) -> dict[str, Any]:
 
 
 def parse_config(raw: Mapping[str, Any], path: Path, generation: Mapping[str, Any]) -> BitNetConfig:
-    """config.json -> BitNetConfig, refusing every architecture that this package does not implement."""
+    """config.json -> BitNetConfig; refuses each architecture that is not implemented here."""
 
     def refuse(key: str, expected: str) -> None:
         raise CheckpointError(f"{path}: {key} must be {expected}, found {raw.get(key)!r}")
@@ -163,13 +163,13 @@ def _token_ids(value: int | list[int] | None, path: Path) -> tuple[int, ...]:
 
 
 def parse_scheme(raw: Mapping[str, Any], path: Path, ternarize: bool = False) -> str:
-    """How the linear weights are stored: "multiply" or "divide" (packed, by what the scale does) or "master"."""
+    """How the weights are stored: packed with a scale to "multiply" or "divide" by, or "master"."""
     quantization = raw.get("quantization_config")
     if quantization is None:
         if ternarize:
             return "master"
         raise CheckpointError(
-            f"{path} has no quantization_config, so transformers runs this model with dense weights: "
+            f"{path} has no quantization_config, so transformers runs it with dense weights: "
             "load it with ternarize=True if its weights are meant to be ternarized"
         )
     kind = (
@@ -194,7 +194,7 @@ def parse_scheme(raw: Mapping[str, Any], path: Path, ternarize: bool = False) ->
 
 
 class Tensors:
-    """The tensors of a folder as memory-mapped arrays, each to be taken once with what it must be."""
+    """The tensors of a folder, memory-mapped, each to be taken once with what it must be."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -235,7 +235,7 @@ class Tensors:
 
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:
-    """The safetensors files of a folder, each with the tensor names that an index promises for it."""
+    """The safetensors files of a folder, each with the tensor names that an index promises."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return {folder / "model.safetensors": None}
@@ -253,11 +253,11 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def map_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Memory-map a safetensors file: {name: read-only array}, no copy. CheckpointError if it is damaged."""
+    """Memory-map a safetensors file: {name: read-only array}. CheckpointError if damaged."""
     try:
         with safe_open(path, framework="numpy"):  # the library checks sizes, offsets and overlaps
             pass
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(start - 8))
     except FileNotFoundError:

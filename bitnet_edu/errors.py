@@ -1,4 +1,4 @@
-"""Everything that bitnet_edu refuses is a `BitNetError`: one sentence on what is wrong, one on what to do."""
+"""What bitnet_edu refuses is a `BitNetError` that says what is wrong and what to do."""
 
 
 class BitNetError(Exception):
@@ -14,8 +14,8 @@ class ContextLengthError(BitNetError):
 
 
 class DownloadError(BitNetError):
-    """A model that could not be fetched: no network, no such repository, no access, no disk, bad checksum."""
+    """A model that could not be fetched: no network, no access, no disk, a bad checksum."""
 
 
 class InputError(BitNetError, ValueError):
-    """An argument that cannot be right: a token id outside the vocabulary, an empty prompt, a negative count."""
+    """An argument that cannot be right: an unknown token id, an empty prompt, a negative count."""

@@ -17,12 +17,12 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 def squared_relu(x: np.ndarray) -> np.ndarray:
-    """max(x, 0)**2, elementwise. Source: Primer (arXiv 2109.08668); BitNet 2B4T (2504.12285), section 2."""
+    """max(x, 0)**2, elementwise. Source: Primer (arXiv 2109.08668); 2B4T report (2504.12285)."""
     return np.square(np.maximum(x, 0))
 
 
 def bit_linear(x: np.ndarray, codes: np.ndarray, scale: np.float32) -> np.ndarray:
-    """A linear layer with ternary weights and int8 activations: exact integer sums, then two scales.
+    """A linear layer with ternary weights, int8 activations: exact integer sums, then two scales.
 
     x: float32[T, in], codes: int8[out, in] in {-1, 0, 1}, scale: float32 that MULTIPLIES.
     Returns float32[T, out]. Source: BitNet b1.58 (arXiv 2402.17764), section 2.
@@ -43,7 +43,7 @@ def integer_matmul(q: np.ndarray, codes: np.ndarray) -> np.ndarray:
 
 
 def rope_frequencies(head_dim: int, theta: float) -> np.ndarray:
-    """Angle per position in radians, float32[head_dim/2]: theta ** (-2i / head_dim). RoFormer, equation 15."""
+    """Radians per position, float32[head_dim/2]: theta**(-2i/head_dim). RoFormer, section 3.2."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     return np.float32(1) / np.power(np.float64(theta), exponents).astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""The parity ledger: every claim "ours equals theirs" in the book is one row, checked as it is printed."""
+"""The parity ledger: each claim "ours equals theirs" is one row, checked as it is printed."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ class Ledger:
     def check(
         self, what: str, ours: np.ndarray, theirs: np.ndarray, bound: float = 0.0, why: str = ""
     ) -> None:
-        """Compare two arrays of one shape. bound 0 asks for equality; `why` says where a bound comes from."""
+        """Compare two arrays of one shape. bound 0: equality; `why`: where the bound comes from."""
         ours, theirs = np.asarray(ours), np.asarray(theirs)
         assert ours.shape == theirs.shape, f"{what}: shapes {ours.shape} and {theirs.shape} differ"
         difference = float(np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max())

@@ -72,7 +72,7 @@ def unpack_i2s(packed: np.ndarray, shape: tuple[int, int], block: int = 128) -> 
 
 
 def pack_base3(codes: np.ndarray) -> np.ndarray:
-    """Pack int8[out, in] codes into uint8[out, ceil(in/5)]: five base-3 digits a byte, 1.6 bits each.
+    """Pack int8[out, in] codes into uint8[out, ceil(in/5)]: five base-3 digits a byte.
 
     The first weight of a run of five is the lowest digit; a short last run is filled with code 0.
     """
@@ -84,7 +84,7 @@ def pack_base3(codes: np.ndarray) -> np.ndarray:
 
 
 def unpack_base3(packed: np.ndarray, columns: int) -> np.ndarray:
-    """Undo `pack_base3`: uint8[out, ceil(in/5)] -> int8[out, in]. ValueError for a byte over 242."""
+    """Undo `pack_base3`: uint8[out, ceil(in/5)] -> int8[out, in]. ValueError for bytes over 242."""
     packed = np.asarray(packed, dtype=np.uint8)
     if packed.size and packed.max() > 242:
         raise ValueError("a byte over 242 found: five base-3 digits never make one")

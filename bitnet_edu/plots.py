@@ -35,7 +35,7 @@ def figure(rows: int = 1, columns: int = 1, **options) -> tuple[Figure, Axes | n
 
 
 def show(fig: Figure, alt: str) -> HTML:
-    """The figure as an image with a text alternative, the same in JupyterLab, Colab and the book."""
+    """The figure as an image with a text alternative, the same in JupyterLab, Colab, the book."""
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=160)
     plt.close(fig)

@@ -47,7 +47,7 @@ def int8_to_float(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def relative_error(exact: np.ndarray, approximate: np.ndarray) -> float:
-    """Root-mean-square error as a share of the root-mean-square of `exact` (no unit, 0 is perfect)."""
+    """Root-mean-square error as a share of the root-mean-square of `exact` (0 is perfect)."""
     exact = np.asarray(exact, dtype=np.float64)
     error = np.sqrt(np.mean((exact - approximate) ** 2))
     return float(error / np.sqrt(np.mean(exact**2)))

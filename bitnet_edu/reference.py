@@ -35,7 +35,7 @@ class BitNetReference:
         return x @ self.weights.lm_head.astype(np.float32).T
 
     def decoder_layer(self, x: np.ndarray, layer: LayerWeights, see: Observer) -> np.ndarray:
-        """One block: float32[T, hidden] -> float32[T, hidden], each half added to the residual stream."""
+        """One block, float32[T, hidden] to the same: each half adds to the residual stream."""
         x = x + self.attention_half(self.norm(x, layer.input_layernorm), layer, see)
         see("after_attention", x)
         x = x + self.feed_forward_half(self.norm(x, layer.post_attention_layernorm), layer, see)

@@ -11,7 +11,7 @@ TINY = Path(__file__).parent / "models" / "tiny"
 
 
 def find_folder(source: str) -> Path:
-    """The folder of a model: the embedded one's, or the given one. CheckpointError if there is none."""
+    """The folder of a model: the embedded one's, or the given one; CheckpointError if none."""
     folder = TINY if source == "tiny" else Path(source)
     if not folder.is_dir():
         raise CheckpointError(f"no model at {source!r}: give 'tiny' or a folder with config.json")

@@ -14,7 +14,7 @@ from bitnet_edu.errors import CheckpointError, InputError
 
 Messages = Sequence[dict[str, str]]
 
-# The template of microsoft/bitnet-b1.58-2B-4T's tokenizer, for files that bring none or a wrong one.
+# The template of microsoft/bitnet-b1.58-2B-4T, for files that bring none or a wrong one.
 BITNET_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first %}{{ bos_token }}{% endif %}"
@@ -40,7 +40,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
-        """Read tokenizer.json and tokenizer_config.json (CheckpointError names the one at fault)."""
+        """Read tokenizer.json, tokenizer_config.json (CheckpointError names the one at fault)."""
         try:
             backend = HFTokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exception
@@ -72,7 +72,7 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def decode_stream(self, ids: Iterator[int]) -> Iterator[str]:
-        """Pieces of text as the ids come, each a whole number of characters (UTF-8 is never split)."""
+        """Pieces of text as the ids come, each of whole characters (UTF-8 is never split)."""
         decoder, seen = DecodeStream(skip_special_tokens=True), []
         sent = 0
         for token in ids:
@@ -90,7 +90,7 @@ class Tokenizer:
         return self.backend.token_to_id(token)
 
     def chat_text(self, messages: Messages, add_generation_prompt: bool = True) -> str:
-        """The conversation as one string, by the chat template (Jinja, sandboxed as in transformers)."""
+        """The conversation as one string, by the chat template (sandboxed Jinja)."""
         for message in messages:
             if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
                 raise InputError(f"a message needs 'role' and 'content', this one is {message!r}")

@@ -1,4 +1,4 @@
-"""What a model is made of: its shape and its arrays, as every format is read into and written from."""
+"""What a model is made of: its shape and its arrays. Every format is read into these."""
 
 from typing import NamedTuple
 
@@ -79,7 +79,7 @@ class LayerWeights(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A whole model. Embedding and head keep the dtype of the file (bfloat16, float16 or float32)."""
+    """A whole model. Embedding and head keep the file's dtype (bfloat16, float16 or float32)."""
 
     embedding: np.ndarray  # [vocab, hidden]
     layers: tuple[LayerWeights, ...]
@@ -88,7 +88,7 @@ class Weights(NamedTuple):
 
 
 def random_weights(config: BitNetConfig, seed: int = 0) -> Weights:
-    """A model of any shape with random ternary weights, for measuring and testing without a download."""
+    """A model of any shape with random weights, to measure and test without a download."""
     import ml_dtypes
 
     rng = np.random.default_rng(seed)
