@@ -16,7 +16,7 @@ def _as_codes(codes: np.ndarray) -> np.ndarray:
     codes = np.asarray(codes)
     if codes.ndim != 2:
         raise ValueError(f"codes must be a matrix [out, in], not an array of shape {codes.shape}")
-    if codes.size and (codes.min() < -1 or codes.max() > 1):
+    if not np.isin(codes, (-1, 0, 1)).all():
         raise ValueError("codes must be -1, 0 or +1: quantize with absmean_ternary first")
     return codes.astype(np.int8)
 

@@ -36,7 +36,8 @@ def absmax_int8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     x = np.asarray(x, dtype=np.float32)
     largest = np.maximum(np.abs(x).max(axis=-1, keepdims=True), SCALE_FLOOR)
-    inverse = np.float32(127) / largest
+    # torch divides a number by a tensor as reciprocal times number: rounded twice, like here
+    inverse = np.float32(1) / largest * np.float32(127)
     q = np.clip(np.rint(x * inverse), -128, 127).astype(np.int8)
     return q, np.float32(1) / inverse
 
