@@ -9,6 +9,7 @@ from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 
 # Okabe and Ito's palette: distinguishable with every common form of colour blindness.
 MINUS, ZERO, PLUS = "#D55E00", "#BBBBBB", "#0072B2"
@@ -74,6 +75,33 @@ def draw_floats(ax: Axes, values: np.ndarray, numbers: bool = False) -> None:
     ax.set_xlim(0, columns)
     ax.set_ylim(0, rows)
     _matrix_axes(ax)
+
+
+def draw_branch(ax: Axes, y: float, steps: list[tuple[str, str]], name: str = "") -> None:
+    """One half of a block at height y: (label, colour) boxes, leaving the residual stream and back.
+
+    Boxes stand at x = 0, 1, 2, ...; the stream is the thick line below them.
+    """
+    stream, last = y - 0.62, len(steps) - 1
+    _arrow(ax, (-0.95, stream), (last + 0.95, stream), 2.5)
+    ax.plot([-0.7, -0.7, -0.42], [stream, y, y], color="black", lw=1)
+    ax.plot([last + 0.42, last + 0.7, last + 0.7], [y, y, stream], color="black", lw=1)
+    circle = {"boxstyle": "circle,pad=0.15", "fc": "white"}
+    ax.text(last + 0.7, stream, "+", ha="center", va="center", bbox=circle)
+    for x, (label, color) in enumerate(steps):
+        box = {"boxstyle": "round,pad=0.02", "fc": color, "ec": "black", "lw": 0.8}
+        ax.add_patch(FancyBboxPatch((x - 0.4, y - 0.3), 0.8, 0.6, **box))
+        ax.text(x, y, label, ha="center", va="center", fontsize=8.5)
+        if x:
+            _arrow(ax, (x - 0.58, y), (x - 0.42, y), 1)
+    ax.text(-0.95, y + 0.45, name, fontsize=10, fontweight="bold")
+    ax.set_xlim(-1, last + 1)
+    ax.autoscale(axis="y")
+    ax.axis("off")
+
+
+def _arrow(ax: Axes, start: tuple, end: tuple, width: float) -> None:
+    ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "lw": width})
 
 
 def _matrix_axes(ax: Axes) -> None:
