@@ -18,9 +18,9 @@ def absmean_ternary(w: np.ndarray) -> tuple[np.ndarray, np.float32]:
     """
     w = np.asarray(w, dtype=np.float32)
     mean = np.abs(w).mean(dtype=np.float64).astype(np.float32)
-    inverse = np.float32(1) / np.maximum(mean, SCALE_FLOOR)
-    codes = np.clip(np.rint(w * inverse), -1, 1).astype(np.int8)
-    return codes, np.float32(1) / inverse
+    scale = np.maximum(mean, SCALE_FLOOR)
+    codes = np.clip(np.rint(w * (np.float32(1) / scale)), -1, 1).astype(np.int8)
+    return codes, scale
 
 
 def ternary_to_float(codes: np.ndarray, scale: np.float32) -> np.ndarray:
