@@ -13,6 +13,7 @@ help:
 	@echo "make clean  remove what was built (not .venv)"
 
 book: $(READY)
+	rm -rf _build/html _build/ledger
 	$(BIN)/jupyter-book build . --all -W -n --keep-going
 	@echo "The book: file://$(CURDIR)/_build/html/index.html"
 
