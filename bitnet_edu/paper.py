@@ -168,3 +168,78 @@ OURS = (
         "agree with transformers as the parity ledger shows.",
     ),
 )
+
+
+class Disagreement(NamedTuple):
+    """Two published figures that do not go together, told plainly."""
+
+    title: str
+    text: str
+
+
+def disagreements() -> tuple[Disagreement, ...]:
+    """Where the papers contradict themselves or each other; figures are read from the tables."""
+    main = table("2B4T", "Table 1: full-precision models of its size")
+    scores = main.loc["ARC-Challenge (0-shot; acc_norm)":"MT-bench (0-shot; average)"]
+    means, printed = scores.astype(float).mean(), main.loc["Average (as printed)"].astype(float)
+    wrong = [name for name in means.index if abs(means[name] - printed[name]) > 0.1]
+    energy = matmul_energy(BITNET_2B4T)
+    decode = table("microsoft/BitNet", "i7-13800H, generate 128")
+    report = 1000 / main.at["Latency (CPU; TPOT)", "BitNet b1.58 2B"]
+    one_bit = table("2B4T", "Table 3: other 1-bit models")
+    falls_behind = [
+        row.split(" (")[0]
+        for row in one_bit.index[1:-1]
+        if one_bit.loc[row].astype(float).idxmax() != "BitNet b1.58 2B"
+    ]
+    m2 = table("1-bit AI Infra", "Figure 1: Apple M2 Ultra")
+    i7 = table("1-bit AI Infra", "Figure 1: Intel i7-13700H")
+    ours = "BitNet b1.58 2B"
+    perplexity = table("b1.58", "Table 1: memory, latency, perplexity").at["BitNet b1.58 3B", "PPL"]
+    return (
+        Disagreement(
+            "The averages of Table 1",
+            f"BitNet's printed average ({printed[ours]:.2f}) is the mean of its 16 scores. The "
+            f"printed averages of {len(wrong)} other models are not: for "
+            + ", ".join(f"{name} {means[name]:.2f} against {printed[name]:.2f}" for name in wrong)
+            + ". Each is lower in print than its own column.",
+        ),
+        Disagreement(
+            "0.028 joules, for what?",
+            "The report gives no unit of work. Its energy model gives "
+            f"{sum(energy.values()):.4f} J for all matrix products of a 512-token sequence, so the "
+            "cell is per sequence, not per token, and counts arithmetic only. "
+            f"{energy['attention'] / sum(energy.values()):.0%} of it is FP16 attention.",
+        ),
+        Disagreement(
+            "0.4 gigabytes",
+            f"{linear_weights(BITNET_2B4T):,} weights at 1.58 bits are "
+            f"{memory_gigabytes(BITNET_2B4T):.3f} GB. The published files store 2 bits: "
+            f"{linear_weights(BITNET_2B4T) / 4e9:.3f} GB, and the 16-bit embedding adds "
+            f"{BITNET_2B4T.vocab_size * BITNET_2B4T.hidden_size * 2 / 1e9:.3f} GB.",
+        ),
+        Disagreement(
+            "Two speeds for one processor",
+            f"On an Intel i7-13800H the report's {1000 / report:.0f} ms a token are {report:.1f} "
+            "tokens/s (8 threads). The project's own chart of January 2026 shows, for the same "
+            f"model and processor, {decode.at['original', '6']} before and "
+            f"{decode.at['latest', '6']} tokens/s after its speed-up (6 threads).",
+        ),
+        Disagreement(
+            "A 100-billion model at reading speed",
+            "The claim of 5 to 7 tokens/s on one CPU holds for the Apple M2 Ultra "
+            f"({m2.at['bitnet.cpp (ternary)', '100B']}); on the Intel i7-13700H of the same "
+            f"figure it is {i7.at['bitnet.cpp (ternary)', '100B']}.",
+        ),
+        Disagreement(
+            "Best of the 1-bit models, mostly",
+            f"In Table 3 BitNet leads in all rows but {len(falls_behind)}: "
+            f"{', '.join(falls_behind)}.",
+        ),
+        Disagreement(
+            "One model, three perplexities",
+            "BitNet b1.58 3B has perplexity "
+            f"{perplexity} in its first paper and other values in later ones, measured on other "
+            "text: perplexities of different papers cannot be compared.",
+        ),
+    )
