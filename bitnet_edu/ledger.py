@@ -10,7 +10,7 @@ class Ledger:
     """The comparisons of one chapter. `check` prints a row and raises AssertionError if it fails.
 
     Inside a checkout of the book the rows are also kept in _build/ledger/<chapter>.json, from
-    which the page "The parity ledger" is built.
+    which the page "The parity ledger" is built; those of an earlier run are dropped at the start.
     """
 
     def __init__(self, chapter: str):
@@ -18,6 +18,8 @@ class Ledger:
         self.rows: list[dict] = []
         book = next((p for p in (Path.cwd(), Path.cwd().parent) if (p / "_toc.yml").exists()), None)
         self.file = book / "_build" / "ledger" / f"{chapter}.json" if book else None
+        if self.file:
+            self.file.unlink(missing_ok=True)
 
     def check(
         self, what: str, ours: np.ndarray, theirs: np.ndarray, bound: float = 0.0, why: str = ""
@@ -28,7 +30,7 @@ class Ledger:
         difference = float(np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max())
         verdict = "exact" if difference == 0 else f"max difference {difference:.1e}"
         row = {"chapter": self.chapter, "what": what, "elements": ours.size}
-        row |= {"max_difference": difference, "bound": bound, "why": why}
+        row |= {"max_difference": difference, "bound": float(bound), "why": why}
         self.rows.append(row)
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
