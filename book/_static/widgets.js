@@ -9,3 +9,12 @@
     },
   });
 })();
+
+// Widgets typeset their labels through MathJax 2's queue; the book has MathJax 3.
+document.addEventListener("DOMContentLoaded", function () {
+  if (!window.MathJax) return;
+  MathJax.Hub = {
+    Queue: ([, , element]) =>
+      MathJax.startup.promise.then(() => MathJax.typesetPromise([element])),
+  };
+});

@@ -19,8 +19,12 @@ DESKTOP, PHONE = 1280, 390
 # The theme's own: it adds one inline script twice. Nothing depends on it.
 HARMLESS = ("Identifier 'THEBE_JS_URL' has already been declared",)
 
-# axe looks at the text, not at the theme's shell. The bibliography's roles are docutils' own.
-READ = {"include": [["article"]], "exclude": [[".citation-list"]]}
+# axe looks at the text, not at the theme's shell. The bibliography's roles are docutils' own;
+# ipywidgets gives the handle of a slider and the buttons of Play no name, whatever one sets.
+READ = {
+    "include": [["article"]],
+    "exclude": [[".citation-list"], [".noUi-handle"], [".widget-play"]],
+}
 RULES = {"runOnly": ["wcag2a", "wcag2aa"], "resultTypes": ["violations"], "preload": False}
 
 # What a reader must never see, and where a page says so.
@@ -28,14 +32,16 @@ FAULTS = {
     "stderr of a cell": ".cell_output .stderr, .output.stderr",
     "traceback": ".cell_output .traceback, .output.traceback",
     "Sphinx system message": ".system-message, .problematic",
-    "math that MathJax could not read": "mjx-merror, [data-mjx-error]",
+    "math that MathJax could not read": "mjx-merror, [data-mjx-error], mjx-mtext[style*='red']",
     "math that was not typeset": ".math:not(:has(mjx-container))",
     "widget that was not drawn": ".jupyter-widgets-error-widget",
 }
 BROKEN_IMAGES = """() => [...document.images]
     .filter(image => image.complete && image.naturalWidth === 0).map(image => image.src)"""
-NO_ALT = """() => [...document.querySelectorAll('article img')]
-    .filter(image => !image.alt.trim()).map(image => image.src.slice(0, 120))"""
+# A figure without a text of its own gets its file's name as alt text.
+NO_ALT = r"""() => [...document.querySelectorAll('article img')]
+    .filter(image => !image.alt.trim() || /\.(png|svg|jpe?g|gif|webp)$/.test(image.alt))
+    .map(image => image.src.slice(0, 120))"""
 # Elements that stick out of the screen and cannot be scrolled inside their own box.
 STICKING_OUT = """() => [...document.querySelectorAll('article *')].filter(element => {
     if (element.getBoundingClientRect().right <= innerWidth + 1) return false;
