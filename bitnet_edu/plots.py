@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
@@ -59,6 +59,17 @@ def draw_ternary(ax: Axes, codes: np.ndarray, numbers: bool = True) -> None:
             ha="center",
             va="center",
         )
+    _matrix_axes(ax)
+
+
+def draw_int8(ax: Axes, q: np.ndarray, largest: int = 127) -> None:
+    """A matrix of integers as numbered squares: stronger colour, larger size; hue, the sign."""
+    signs = LinearSegmentedColormap.from_list("signs", [MINUS, "white", PLUS])
+    ax.pcolormesh(
+        q, cmap=signs, vmin=-largest, vmax=largest, edgecolors=ZERO, linewidth=0.8, alpha=0.75
+    )
+    for (row, column), value in np.ndenumerate(q):
+        ax.text(column + 0.5, row + 0.5, f"{value}", ha="center", va="center", fontsize=8)
     _matrix_axes(ax)
 
 
