@@ -267,17 +267,16 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
             f"{path} is not a whole safetensors file ({error}): fetch it again"
         ) from None
     header.pop("__metadata__", None)
-    data = np.memmap(path, np.uint8, mode="r")
     arrays = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(
                 f"{path}: {name} has dtype {entry['dtype']}, expected one of {list(DTYPES)}"
             )
-        begin, end = (start + offset for offset in entry["data_offsets"])
-        arrays[name] = (
-            np.asarray(data[begin:end]).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        )
+        begin, end = entry["data_offsets"]
+        # a map for each tensor, so that a master weight's memory goes when the array goes
+        data = np.memmap(path, np.uint8, "r", start + begin, (end - begin,))
+        arrays[name] = np.asarray(data).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return arrays
 
 
