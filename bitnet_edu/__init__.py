@@ -32,15 +32,18 @@ __all__ = [
 ]
 
 
-def load(source: str = "tiny", *, ternarize: bool = False) -> "BitNetLM":
+def load(
+    source: str = "tiny", *, ternarize: bool = False, i2s_block: int | None = None
+) -> "BitNetLM":
     """Load a model: "tiny", a checkpoint folder, a .gguf file, or a hub id such as "org/name".
 
     A hub model is downloaded once, at a pinned revision. ternarize=True accepts dense weights and
-    rounds them to ternary. Raises CheckpointError or DownloadError.
+    rounds them to ternary. i2s_block=64 reads a GGUF file that bitnet.cpp quantized on an Arm
+    machine, which the file doesn't tell. Raises CheckpointError or DownloadError.
     """
     from bitnet_edu.sources import load_source
 
-    return load_source(source, ternarize=ternarize)
+    return load_source(source, ternarize=ternarize, i2s_block=i2s_block)
 
 
 def __getattr__(name: str):
