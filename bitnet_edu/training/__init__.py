@@ -1,0 +1,1 @@
+"""Quantization-aware training of the embedded model `tiny`: `python -m bitnet_edu.training`."""

@@ -1,0 +1,112 @@
+"""Batches, the schedule, and a whole quick training from corpus to exported folder."""
+
+from itertools import islice
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BitNetForCausalLM
+
+from bitnet_edu.training.corpus import held_out_questions
+from bitnet_edu.training.data import IGNORED, encode, exam_batch, training_batches
+from bitnet_edu.training.evaluate import Examinee
+from bitnet_edu.training.export import export
+from bitnet_edu.training.model import ModelShape
+from bitnet_edu.training.tokenizer import END_OF_TURN
+from bitnet_edu.training.train import (
+    Recipe,
+    batch_loss,
+    held_out_loss,
+    learning_rate,
+    new_tokenizer,
+    train,
+    weight_decay,
+)
+
+SHAPE = ModelShape(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
+CHAT = [
+    {"role": "user", "content": " What is 3 + 4? "},
+    {"role": "assistant", "content": "3 + 4 = 7."},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return new_tokenizer(SHAPE, seed=0, documents=2000)
+
+
+def test_schedule_has_two_stages() -> None:
+    recipe = Recipe(steps=1000, peak_rates=(2e-3, 1e-3), warmup=10)
+    rates = [learning_rate(step, recipe) for step in range(1000)]
+    assert rates.index(max(rates)) == 9
+    assert rates[499] == pytest.approx(2 * rates[500], rel=0.01)
+    assert rates[999] == pytest.approx(1e-6)
+    assert [weight_decay(step, recipe) for step in (0, 499, 500, 999)] == [0.1, 0.1, 0, 0]
+
+
+def test_only_the_assistant_counts(tokenizer) -> None:
+    ids, targets = encode(tokenizer, [{**CHAT[0], "content": "What is 3 + 4?"}, CHAT[1]])
+    counted = [target for target in targets if target != IGNORED]
+    assert tokenizer.decode(counted, skip_special_tokens=False) == f"3 + 4 = 7.{END_OF_TURN}"
+    assert all(
+        target in (IGNORED, following)
+        for target, following in zip(targets, [*ids[1:], None], strict=True)
+    )
+
+
+def test_batches_are_packed_and_repeatable(tokenizer) -> None:
+    first, second = (list(islice(training_batches(tokenizer, 1, 8, 128), 6)) for _ in range(2))
+    assert [b.ids.shape for b in first] == [(8, 128)] * 5 + [(2, 512)]
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.ids, other.ids)
+        assert torch.equal(one.mask, other.mask)
+    begin = tokenizer.token_to_id("<|begin_of_text|>")
+    seen = first[0].mask[0, 0].sum(-1)  # every query sees its document up to itself
+    starts = (first[0].ids[0] == begin).nonzero()[:, 0]
+    assert (seen[starts] == 1).all()
+    assert first[0].mask.triu(1).sum() == 0
+
+
+def test_chat_encodes_to_the_same_tokens_whole_or_in_turns(tokenizer, tmp_path) -> None:
+    from bitnet_edu.training.tokenizer import save_tokenizer
+
+    save_tokenizer(tokenizer, tmp_path, 512)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    prompt = theirs.apply_chat_template(CHAT[:1], add_generation_prompt=True).input_ids
+    whole = theirs.apply_chat_template(CHAT).input_ids
+    answer = theirs(CHAT[1]["content"] + END_OF_TURN, add_special_tokens=False).input_ids
+    assert whole == prompt + answer
+    assert theirs.decode(prompt) == f"<|begin_of_text|>User: What is 3 + 4?{END_OF_TURN}Assistant: "
+    assert theirs("12").input_ids == [theirs.bos_token_id, *theirs.convert_tokens_to_ids(["1", "2"])]
+
+
+def test_quick_training_learns_and_exports(tokenizer, tmp_path) -> None:
+    losses = []
+    recipe = Recipe(steps=60, rows=16, length=64, warmup=10, peak_rates=(4e-3, 2e-3))
+    model = train(SHAPE, recipe, tokenizer, lambda model, progress: losses.append(progress.loss))
+    assert len(losses) == 60
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+
+    export(model, tokenizer, tmp_path)
+    theirs = BitNetForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    theirs = torch.nn.Module.float(theirs).eval()
+    questions = held_out_questions(10)
+    batch = exam_batch(tokenizer, questions, rows=8, length=128)
+    with torch.no_grad():
+        logits = theirs(batch.ids, attention_mask=batch.mask).logits
+        exported = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), batch.targets, ignore_index=IGNORED
+        )
+        trained = batch_loss(model, batch)
+    # scales, norms and embedding were rounded to bf16, and nothing else changed
+    assert exported.item() == pytest.approx(trained.item(), rel=0.01)
+    assert held_out_loss(model, tokenizer, rows=8) < losses[0]
+
+    replies = list(Examinee(tmp_path).answers(questions[:3], max_new_tokens=5))
+    assert len(replies) == 3
