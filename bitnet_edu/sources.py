@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bitnet_edu.checkpoint import read_folder
+from bitnet_edu.checkpoint import fault, read_folder
 from bitnet_edu.download import download, is_hub_id
 from bitnet_edu.errors import CheckpointError, DownloadError
 from bitnet_edu.generate import BitNetLM
@@ -45,6 +45,9 @@ def read_model(
         tokenizer = Tokenizer.from_folder(path) if (path / "tokenizer.json").exists() else None
     else:
         config, weights, tokenizer = read_gguf(path, i2s_block)
+    if tokenizer and (tokens := tokenizer.backend.get_vocab_size()) > config.vocab_size:
+        file = path / "tokenizer.json" if path.is_dir() else path
+        raise fault(file, "the tokenizer's vocabulary", f"at most {config.vocab_size}", str(tokens))
     if tokenizer and (end := tokenizer.token_id("<|eot_id|>")) is not None:
         # a chat turn ends with this token even where config.json names only the end of a text
         config = config._replace(eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, end))))
