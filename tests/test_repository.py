@@ -85,6 +85,12 @@ def test_notebook_is_stripped(path: Path) -> None:
             assert cell["execution_count"] is None
 
 
+def test_every_chapter_opens_on_colab() -> None:
+    check = [sys.executable, "tools/colab_cell.py", "--check"]
+    done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"run tools/colab_cell.py for\n{done.stdout}{done.stderr}"
+
+
 def test_table_of_contents_has_every_notebook_and_no_ghost() -> None:
     listed = chapters()
     for name in listed:
