@@ -90,7 +90,7 @@ def _check(destination: Path, to: str, i2s_block: int | None) -> None:
 def _size(weights: Weights, to: str) -> int:
     """About how many bytes the written model takes."""
     codes = sum(getattr(layer, name).packed.nbytes for layer in weights.layers for name in MATRICES)
-    heads = 1 if weights.lm_head is weights.embedding else 2
+    heads = 1 if weights.tied else 2
     return codes * (8 if to == "hf-bf16" else 1) + heads * weights.embedding.nbytes + 2**24
 
 
@@ -128,16 +128,20 @@ def write_folder(
 ) -> None:
     """Write config.json and model.safetensors: packed like Microsoft's, or as bf16 master weights.
 
-    transformers loads both. Norms and scales are stored as bfloat16 where that is exact (in
-    Microsoft's model it is), else as float32, and then config.json asks for float32 throughout.
-    Raises CheckpointError for a matrix that has no bf16 master weights.
+    transformers loads both, and wants one dtype for all other floats: bfloat16 if that changes none
+    of them (Microsoft's packed model is so), else float32. Raises CheckpointError for a matrix that
+    has no bf16 master weights.
     """
     folder.mkdir()
-    tensors = list(_tensors(weights, master))
-    exact = {tensor.dtype.name for tensor in tensors} <= {"bfloat16", "uint8"}
-    raw = config_json(config, tied=weights.lm_head is weights.embedding, master=master)
-    raw["dtype"] = "bfloat16" if exact else "float32"
+    floats = dict(_floats(weights))
+    dtype = np.dtype(BF16 if all(map(_is_bf16, floats.values())) else np.float32)
+    raw = config_json(config, tied=weights.tied, master=master)
+    raw["dtype"] = dtype.name
     (folder / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
+    tensors = list(_matrices(weights, master))
+    for name, array in floats.items():
+        if not (master and name.endswith("_scale")):
+            tensors.append(Tensor(name, dtype, array.shape, partial(array.astype, dtype)))
     write_safetensors(folder / "model.safetensors", tensors)
 
 
@@ -159,34 +163,39 @@ def config_json(config: BitNetConfig, *, tied: bool, master: bool) -> dict[str, 
     }
 
 
-def _tensors(weights: Weights, master: bool) -> Iterator[Tensor]:
-    yield _whole("model.embed_tokens.weight", weights.embedding)
-    if weights.lm_head is not weights.embedding:
-        yield _whole("lm_head.weight", weights.lm_head)
-    yield _whole("model.norm.weight", _narrow(weights.norm))
+def _floats(weights: Weights) -> Iterator[tuple[str, np.ndarray]]:
+    """Everything but the ternary codes, under its name in the file."""
+    yield "model.embed_tokens.weight", weights.embedding
+    if not weights.tied:
+        yield "lm_head.weight", weights.lm_head
+    yield "model.norm.weight", weights.norm
     for index, layer in enumerate(weights.layers):
-        prefix = f"model.layers.{index}."
         for field, name in NORMS.items():
-            yield _whole(f"{prefix}{name}.weight", _narrow(getattr(layer, field)))
+            yield f"model.layers.{index}.{name}.weight", getattr(layer, field)
         for field, name in MATRICES.items():
-            matrix, name = getattr(layer, field), f"{prefix}{name}.weight"
+            scale = np.array([getattr(layer, field).scale], np.float32)
+            yield f"model.layers.{index}.{name}.weight_scale", scale
+
+
+def _is_bf16(array: np.ndarray) -> bool:
+    """Whether bfloat16 holds every value exactly."""
+    return array.dtype == BF16 or all(
+        np.array_equal(part.astype(BF16).astype(np.float32), part.astype(np.float32))
+        for part in np.array_split(array, -(-array.size // 2**22))
+    )
+
+
+def _matrices(weights: Weights, master: bool) -> Iterator[Tensor]:
+    for index, layer in enumerate(weights.layers):
+        for field, name in MATRICES.items():
+            matrix, name = getattr(layer, field), f"model.layers.{index}.{name}.weight"
+            rows, columns = matrix.packed.shape
             if master:
-                rows, columns = matrix.packed.shape
                 make = partial(_master, name, matrix)
                 yield Tensor(name, np.dtype(BF16), (4 * rows, columns), make)
             else:
-                yield _whole(name, matrix.packed)
-                yield _whole(f"{name}_scale", _narrow(np.array([matrix.scale], np.float32)))
-
-
-def _whole(name: str, array: np.ndarray) -> Tensor:
-    return Tensor(name, array.dtype, array.shape, lambda: array)
-
-
-def _narrow(values: np.ndarray) -> np.ndarray:
-    """float32 values as bfloat16 if that loses nothing."""
-    narrow = values.astype(BF16)
-    return narrow if np.array_equal(narrow.astype(np.float32), values) else values
+                make = partial(np.asarray, matrix.packed)
+                yield Tensor(name, np.dtype(np.uint8), (rows, columns), make)
 
 
 def _master(name: str, matrix: TernaryMatrix) -> np.ndarray:

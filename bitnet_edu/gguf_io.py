@@ -400,7 +400,7 @@ def write_gguf(
     The embedding becomes F16, as bitnet.cpp stores it: bfloat16 values below 6e-5 lose digits.
     block: 128 for bitnet.cpp on x86, 64 on Arm. CheckpointError for what the format can't hold.
     """
-    if weights.lm_head is not weights.embedding:
+    if not weights.tied:
         raise CheckpointError("bitnet.cpp ties the head to the embedding, this model does not")
     for name, (_, columns) in config.matrix_shapes.items():
         if columns % block:

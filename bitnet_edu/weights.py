@@ -86,6 +86,11 @@ class Weights(NamedTuple):
     norm: np.ndarray  # float32[hidden]
     lm_head: np.ndarray  # [vocab, hidden]; the same array as `embedding` where the two are tied
 
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding, by storage or by value."""
+        return self.lm_head is self.embedding or np.array_equal(self.lm_head, self.embedding)
+
 
 def random_weights(config: BitNetConfig, seed: int = 0) -> Weights:
     """A model of any shape with random weights, to measure and test without a download."""
