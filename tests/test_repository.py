@@ -82,7 +82,9 @@ def test_environment_yml_has_the_pins_of_the_lock_and_no_others() -> None:
     assert [entry.split("=")[0] for entry in conda] == ["python", "pip"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [*NOTEBOOKS, *(ROOT / "bitnet_edu").rglob("*.ipynb")], ids=lambda path: path.stem
+)
 def test_notebook_is_stripped(path: Path) -> None:
     notebook = json.loads(path.read_text(encoding="utf-8"))
     assert "widgets" not in notebook["metadata"]
