@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from bitnet_edu.errors import ContextLengthError
-from bitnet_edu.generate import BitNetLM, generate_ids
+from bitnet_edu.generate import BitNetLM, Stop, generate_ids, split_stop, until
 
 
 class ChatSession:
@@ -16,34 +16,50 @@ class ChatSession:
         self._cached_ids: list[int] = []
 
     def send(self, text: str, max_new_tokens: int = 512, **options) -> Iterator[str]:
-        """Yield the answer piece by piece; options as in `generate_ids`.
+        """Yield the answer piece by piece; options as in `BitNetLM.stream`.
 
         Closing the generator stops the answer, and what came so far stays in the transcript.
-        ContextLengthError, with the transcript unchanged, if no token of an answer would fit.
+        ContextLengthError if no token of an answer would fit; an error of any kind leaves the
+        transcript as it was.
         """
         self.messages.append({"role": "user", "content": text})
-        yield from self.answer(max_new_tokens, **options)
-
-    def answer(self, max_new_tokens: int = 512, **options) -> Iterator[str]:
-        """Answer the last message of the transcript (after an edit: answer again)."""
-        ids = self.model.tokenizer.apply_chat_template(self.messages)
-        if len(ids) >= self.cache.max_len:
+        try:
+            yield from self.answer(max_new_tokens, **options)
+        except Exception:
             self.messages.pop()
+            raise
+
+    def answer(
+        self,
+        max_new_tokens: int = 512,
+        *,
+        stop: Stop = None,
+        made: list[int] | None = None,
+        **options,
+    ) -> Iterator[str]:
+        """Answer the last message of the transcript (after an edit: answer again)."""
+        tokenizer = self.model.require_tokenizer()
+        ids = tokenizer.apply_chat_template(self.messages)
+        if len(ids) >= self.cache.max_len:
             raise ContextLengthError(
                 f"the conversation is {len(ids)} tokens long and the context holds "
                 f"{self.cache.max_len}: clear it, or take out some messages"
             )
+        ends, strings = split_stop(stop, self.model.config.eos_token_ids)
         new_ids = self._rewind_to_common_prefix(ids)
-        pieces = []
-        tokens = self._record(
-            generate_ids(self.model, new_ids, max_new_tokens, cache=self.cache, **options)
+        tokens = generate_ids(
+            self.model, new_ids, max_new_tokens, cache=self.cache, stop=ends, **options
         )
+        made = [] if made is None else made
+        message = {"role": "assistant", "content": ""}
+        self.messages.append(message)
         try:
-            for piece in self.model.tokenizer.decode_stream(tokens):
-                pieces.append(piece)
+            for piece in until(tokenizer.decode_stream(self._record(tokens, made)), strings):
+                message["content"] += piece
                 yield piece
-        finally:
-            self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        except Exception:
+            self.messages.pop()
+            raise
 
     @property
     def context_used(self) -> int:
@@ -66,7 +82,8 @@ class ChatSession:
         self._cached_ids = list(ids)
         return ids[common:]
 
-    def _record(self, tokens: Iterator[int]) -> Iterator[int]:
+    def _record(self, tokens: Iterator[int], made: list[int]) -> Iterator[int]:
         for token in tokens:
             self._cached_ids.append(token)
+            made.append(token)
             yield token

@@ -10,7 +10,6 @@ What cannot be right raises `CheckpointError`, which names file, tensor, expecte
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,27 @@ from bitnet_edu.packing import pack_hf
 from bitnet_edu.quantize import absmean_ternary
 from bitnet_edu.weights import BitNetConfig, LayerWeights, TernaryMatrix, Weights
 
+INDEX = "model.safetensors.index.json"
 FLOATS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 DTYPES = FLOATS | {"U8": np.uint8}
+# What transformers takes for a key that config.json leaves out (its configuration_bitnet.py).
+DEFAULTS = {
+    "model_type": None,
+    "vocab_size": 128256,
+    "hidden_size": 2560,
+    "intermediate_size": 6912,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 5,
+    "hidden_act": "relu2",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+}
 MATRICES = {
     "q_proj": "self_attn.q_proj",
     "k_proj": "self_attn.k_proj",
@@ -50,27 +68,21 @@ def read_folder(folder: Path, ternarize: bool = False) -> tuple[BitNetConfig, We
     ternarize=True accepts a folder without `quantization_config`, whose weights transformers would
     run dense, and ternarizes them by absmean. Raises CheckpointError.
     """
-    raw = read_json(folder / "config.json")
-    config = parse_config(
-        raw, folder / "config.json", read_json(folder / "generation_config.json", {})
-    )
-    scheme = parse_scheme(raw, folder / "config.json", ternarize)
-    tied = bool(raw.get("tie_word_embeddings", False))
+    path = folder / "config.json"
+    raw = read_json(path)
+    config = parse_config(raw, path, read_json(folder / "generation_config.json", {}))
+    scheme = parse_scheme(raw, path, ternarize)
     tensors = Tensors(folder)
     layers = tuple(_read_layer(tensors, config, i, scheme) for i in range(config.num_hidden_layers))
-    vocabulary = config.vocab_size, config.hidden_size
-    embedding = tensors.take("model.embed_tokens.weight", vocabulary, FLOATS)
     norm = _read_norm(tensors, "model.norm", config.hidden_size)
-    head = embedding
-    if not tied or "lm_head.weight" in tensors:
-        head = tensors.take("lm_head.weight", vocabulary, FLOATS)
-        if tied and head.tobytes() != embedding.tobytes():
-            raise CheckpointError(
-                f"{folder}: config.json ties lm_head.weight to the embedding, but the two differ: "
-                "set tie_word_embeddings to false or remove lm_head.weight"
-            )
+    # like transformers: where the two are tied, one may be left out, and what is stored is used
+    tables = ["model.embed_tokens.weight", "lm_head.weight"]
+    if raw.get("tie_word_embeddings", False):
+        tables = [name for name in tables if name in tensors.arrays] or tables
+    shape = config.vocab_size, config.hidden_size
+    embedding, *head = [tensors.take(name, shape, FLOATS) for name in tables]
     tensors.refuse_leftovers()
-    return config, Weights(embedding, layers, norm, head)
+    return config, Weights(embedding, layers, norm, head[0] if head else embedding)
 
 
 def read_json(path: Path, default: dict | None = None) -> dict[str, Any]:
@@ -81,7 +93,7 @@ def read_json(path: Path, default: dict | None = None) -> dict[str, Any]:
         if default is not None:
             return default
         raise CheckpointError(f"{path} is missing: a model folder needs it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a readable JSON file: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
@@ -90,34 +102,31 @@ def read_json(path: Path, default: dict | None = None) -> dict[str, Any]:
 
 def parse_config(raw: Mapping[str, Any], path: Path, generation: Mapping[str, Any]) -> BitNetConfig:
     """config.json -> BitNetConfig; refuses each architecture that is not implemented here."""
+    raw = DEFAULTS | raw
 
-    def refuse(key: str, expected: str) -> None:
-        raise CheckpointError(f"{path}: {key} must be {expected}, found {raw.get(key)!r}")
+    def require(holds: bool, key: str, expected: str) -> None:
+        if not holds:
+            raise fault(path, key, expected, repr(raw.get(key)))
 
-    def size(key: str, default: int | None = None) -> int:
-        value = raw.get(key, default)
-        if type(value) is not int or not 1 <= value < 2**31:
-            refuse(key, "a positive whole number")
-        return value
+    def size(key: str) -> int:
+        require(type(raw[key]) is int and 1 <= raw[key] < 2**31, key, "a positive whole number")
+        return raw[key]
 
-    if raw.get("model_type") != "bitnet":
-        refuse("model_type", "'bitnet'")
-    if raw.get("hidden_act", "relu2") != "relu2":
-        refuse("hidden_act", "'relu2' (squared ReLU)")
-    if raw.get("attention_bias", False):
-        refuse("attention_bias", "false")
-    heads = size("num_attention_heads")
-    kv_heads = heads if raw.get("num_key_value_heads") is None else size("num_key_value_heads")
-    hidden = size("hidden_size")
-    if hidden % heads or hidden // heads % 2:
-        refuse("hidden_size", f"an even multiple of num_attention_heads ({heads})")
-    if raw.get("head_dim") not in (None, hidden // heads):
-        refuse("head_dim", f"hidden_size / num_attention_heads ({hidden // heads})")
-    if heads % kv_heads:
-        refuse("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
-    eps = raw.get("rms_norm_eps", 1e-5)
-    if not isinstance(eps, int | float) or not 0 <= eps < 1:
-        refuse("rms_norm_eps", "a small number from 0 to 1")
+    require(raw["model_type"] == "bitnet", "model_type", "'bitnet'")
+    require(raw["hidden_act"] == "relu2", "hidden_act", "'relu2' (squared ReLU)")
+    require(raw["attention_bias"] is False, "attention_bias", "false")
+    hidden, heads = size("hidden_size"), size("num_attention_heads")
+    kv_heads = heads if raw["num_key_value_heads"] is None else size("num_key_value_heads")
+    require(hidden % heads == 0, "hidden_size", f"a multiple of num_attention_heads ({heads})")
+    require(hidden // heads % 2 == 0, "hidden_size", f"even in each of {heads} heads, for RoPE")
+    require(raw.get("head_dim") in (None, hidden // heads), "head_dim", str(hidden // heads))
+    require(heads % kv_heads == 0, "num_key_value_heads", f"a divisor of {heads} heads")
+    eps = raw["rms_norm_eps"]
+    require(type(eps) in (int, float) and 0 <= eps < 1, "rms_norm_eps", "a number from 0 to 1")
+    bos = raw["bos_token_id"]
+    require(bos is None or type(bos) is int, "bos_token_id", "a token id or null")
+    tied = raw["tie_word_embeddings"]
+    require(type(tied) is bool, "tie_word_embeddings", "true or false")
     config = BitNetConfig(
         vocab_size=size("vocab_size"),
         hidden_size=hidden,
@@ -125,40 +134,38 @@ def parse_config(raw: Mapping[str, Any], path: Path, generation: Mapping[str, An
         num_hidden_layers=size("num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=size("max_position_embeddings", 2048),
+        max_position_embeddings=size("max_position_embeddings"),
         rope_theta=_rope_theta(raw, path),
         rms_norm_eps=float(eps),
-        bos_token_id=raw.get("bos_token_id", 128000),
-        eos_token_ids=_token_ids(
-            generation.get("eos_token_id", raw.get("eos_token_id", 128001)), path
-        ),
+        bos_token_id=bos,
+        eos_token_ids=_token_ids(generation.get("eos_token_id", raw["eos_token_id"]), path),
     )
     for name, (rows, columns) in config.matrix_shapes.items():
         if rows % 4 or columns % 4:
-            raise CheckpointError(
-                f"{path}: {name} is {rows} x {columns}, and both must be multiples of 4"
-            )
+            raise fault(path, f"the shape of {name}", "multiples of 4", f"[{rows}, {columns}]")
     return config
 
 
 def _rope_theta(raw: Mapping[str, Any], path: Path) -> float:
-    """The rotary base, at the top level (older files) or under rope_parameters (newer ones)."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    """The rotary base, under rope_parameters (newer files) or at the top level (older ones)."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise fault(path, "rope_parameters", "a JSON object", repr(rope))
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise CheckpointError(f"{path}: RoPE of type {kind!r} is not implemented, only 'default'")
-    theta = rope.get("rope_theta", raw.get("rope_theta", 500000.0))
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < math.inf:
-        raise CheckpointError(f"{path}: rope_theta must be a number above 1, found {theta!r}")
+        raise fault(
+            path, "the type of RoPE", "'default', as others are not implemented", repr(kind)
+        )
+    theta = rope.get("rope_theta", raw["rope_theta"])
+    if type(theta) not in (int, float) or not 1 < theta < 1e30:
+        raise fault(path, "rope_theta", "a number above 1", repr(theta))
     return float(theta)
 
 
 def _token_ids(value: int | list[int] | None, path: Path) -> tuple[int, ...]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(token) is int for token in ids):
-        raise CheckpointError(
-            f"{path}: eos_token_id must be a token id or a list of them, found {value!r}"
-        )
+        raise fault(path, "eos_token_id", "a token id or a list of them", repr(value))
     return tuple(ids)
 
 
@@ -172,82 +179,83 @@ def parse_scheme(raw: Mapping[str, Any], path: Path, ternarize: bool = False) ->
             f"{path} has no quantization_config, so transformers runs it with dense weights: "
             "load it with ternarize=True if its weights are meant to be ternarized"
         )
-    kind = (
-        quantization.get("quant_method"),
-        quantization.get("linear_class", "bitlinear"),
-        quantization.get("quantization_mode", "offline"),
-    )
-    schemes = {
-        ("bitnet", "autobitlinear", "offline"): "multiply",
-        ("bitnet", "autobitlinear", "online"): "master",
-        ("bitnet", "bitlinear", "offline"): "divide",
-    }
-    if kind not in schemes:
-        raise CheckpointError(f"{path}: quantization {kind} is none of {sorted(schemes)}")
-    if quantization.get("use_rms_norm"):
-        raise CheckpointError(
-            f"{path}: use_rms_norm (a norm inside every BitLinear) is not implemented"
-        )
-    if set(quantization.get("modules_to_not_convert") or []) - {"lm_head", "model.embed_tokens"}:
-        raise CheckpointError(f"{path}: modules_to_not_convert may only name lm_head")
-    return schemes[kind]
+    if not isinstance(quantization, dict):
+        raise fault(path, "quantization_config", "a JSON object", repr(quantization))
+
+    def choose(key: str, *allowed: Any) -> Any:
+        value = quantization.get(key, allowed[0])
+        if value not in allowed:
+            raise fault(path, f"quantization_config: {key}", f"one of {allowed}", repr(value))
+        return value
+
+    if quantization.get("quant_method") != "bitnet":
+        found = repr(quantization.get("quant_method"))
+        raise fault(path, "quantization_config: quant_method", "'bitnet'", found)
+    choose("use_rms_norm", False)
+    choose("modules_to_not_convert", None, ["lm_head"])
+    mode = choose("quantization_mode", "offline", "online")
+    if choose("linear_class", "bitlinear", "autobitlinear") == "bitlinear":
+        return "divide"
+    return "multiply" if mode == "offline" else "master"
+
+
+def fault(path: Path, what: str, expected: str, found: str) -> CheckpointError:
+    """The one form of complaint: which file, what in it, what it must be and what it is."""
+    return CheckpointError(f"{path}: {what} must be {expected}, found {found}")
 
 
 class Tensors:
     """The tensors of a folder, memory-mapped, each to be taken once with what it must be."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self.arrays: dict[str, tuple[Path, np.ndarray]] = {}
-        for path, names in _shards(folder).items():
+        self.arrays: dict[str, np.ndarray] = {}
+        self.files: dict[str, Path] = {}
+        shards = _shards(folder)
+        self.source = folder / INDEX if len(shards) > 1 else next(iter(shards))
+        for path, names in shards.items():
             found = map_safetensors(path)
-            if names is not None and (missing := names - found.keys()):
-                raise CheckpointError(
-                    f"{path}: the index promises {min(missing)}, the file lacks it"
-                )
+            if missing := names - found.keys():
+                raise fault(path, min(missing), "here, by the index", "nothing of that name")
             if twice := found.keys() & self.arrays.keys():
-                raise CheckpointError(f"{path}: {min(twice)} is in another shard too")
-            self.arrays |= {name: (path, array) for name, array in found.items()}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.arrays
+                name = min(twice)
+                raise fault(path, name, "in one file alone", f"it in {self.files[name].name} too")
+            self.arrays |= found
+            self.files |= dict.fromkeys(found, path)
 
     def take(self, name: str, shape: tuple[int, ...], dtypes: Mapping[str, Any]) -> np.ndarray:
+        expected = f"{' or '.join(dtypes)} {list(shape)}"
         if name not in self.arrays:
-            raise CheckpointError(f"{self.folder}: tensor {name} is missing")
-        path, array = self.arrays.pop(name)
-        if array.shape != shape:
-            raise CheckpointError(
-                f"{path}: {name} must have shape {list(shape)}, found {list(array.shape)}"
-            )
-        if array.dtype not in dtypes.values():
-            raise CheckpointError(
-                f"{path}: {name} must be {' or '.join(dtypes)}, found {array.dtype}"
-            )
+            raise fault(self.source, name, expected, "no such tensor")
+        array = self.arrays.pop(name)
+        if array.shape != shape or array.dtype not in dtypes.values():
+            raise self.fault(name, expected, f"{array.dtype} {list(array.shape)}")
         return array
+
+    def stores_floats(self, name: str) -> bool:
+        return name in self.arrays and self.arrays[name].dtype != np.uint8
+
+    def fault(self, name: str, expected: str, found: str) -> CheckpointError:
+        return fault(self.files[name], name, expected, found)
 
     def refuse_leftovers(self) -> None:
         if self.arrays:
-            name, (path, _) = min(self.arrays.items())
-            raise CheckpointError(
-                f"{path}: {len(self.arrays)} tensor(s) that a BitNet does not have, first {name}"
-            )
+            name = min(self.arrays)
+            found = f"{len(self.arrays)} surplus tensor(s)"
+            raise self.fault(name, "absent, as no BitNet of this config.json has it", found)
 
 
-def _shards(folder: Path) -> dict[Path, set[str] | None]:
+def _shards(folder: Path) -> dict[Path, set[str]]:
     """The safetensors files of a folder, each with the tensor names that an index promises."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return {folder / "model.safetensors": None}
-    shards: dict[Path, set[str] | None] = {}
+    single, index = folder / "model.safetensors", folder / INDEX
+    if single.exists() or not index.exists():
+        return {single: set()}
+    shards: dict[Path, set[str]] = {}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map must name the file of each tensor")
+        raise fault(index, "weight_map", "the file name of each tensor", repr(weight_map))
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(
-                f"{index}: {name} must lie in a file of this folder, found {file!r}"
-            )
+            raise fault(index, f"the file of {name}", "a name in this folder", repr(file))
         shards.setdefault(folder / file, set()).add(name)
     return shards
 
@@ -270,9 +278,7 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
     arrays = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise CheckpointError(
-                f"{path}: {name} has dtype {entry['dtype']}, expected one of {list(DTYPES)}"
-            )
+            raise fault(path, name, " or ".join(DTYPES), entry["dtype"])
         begin, end = entry["data_offsets"]
         # a map for each tensor, so that a master weight's memory goes when the array goes
         data = np.memmap(path, np.uint8, "r", start + begin, (end - begin,))
@@ -298,9 +304,10 @@ def _read_layer(tensors: Tensors, config: BitNetConfig, index: int, scheme: str)
 
 
 def _read_norm(tensors: Tensors, name: str, size: int) -> np.ndarray:
-    weight = tensors.take(f"{name}.weight", (size,), FLOATS).astype(np.float32)
+    name = f"{name}.weight"
+    weight = tensors.take(name, (size,), FLOATS).astype(np.float32)
     if not np.isfinite(weight).all():
-        raise CheckpointError(f"{tensors.folder}: {name}.weight holds NaN or Inf")
+        raise tensors.fault(name, "finite", "NaN or Inf")
     return weight
 
 
@@ -309,31 +316,28 @@ def _read_matrix(tensors: Tensors, name: str, shape: tuple[int, int], scheme: st
     weight = f"{name}.weight"
     if scheme == "master":
         master = tensors.take(weight, shape, FLOATS)
+        if not np.isfinite(master).all():
+            raise tensors.fault(weight, "finite", "NaN or Inf")
         codes, scale = absmean_ternary(master)
-        if not np.isfinite(scale):
-            raise CheckpointError(f"{tensors.folder}: {weight} holds NaN or Inf")
         return TernaryMatrix(pack_hf(codes), scale)
-    scale = tensors.take(f"{name}.weight_scale", (1,), FLOATS).astype(np.float32)[0]
-    if not (np.isfinite(scale) and scale > 0):
-        raise CheckpointError(
-            f"{tensors.folder}: {name}.weight_scale must be positive, found {scale}"
-        )
-    if scheme == "divide":
-        scale = np.float32(1) / scale
-    if scheme == "multiply" and weight in tensors and tensors.arrays[weight][1].dtype != np.uint8:
+    stored = tensors.take(f"{name}.weight_scale", (1,), FLOATS).astype(np.float32)[0]
+    if not 0 < stored < np.inf:
+        raise tensors.fault(f"{name}.weight_scale", "positive and finite", str(stored))
+    scale = stored if scheme == "multiply" else np.float32(1) / stored
+    if scheme == "multiply" and tensors.stores_floats(weight):
         return TernaryMatrix(_pack_floats(tensors, weight, shape), scale)
     rows, columns = shape
     packed = tensors.take(weight, (rows // 4, columns), {"U8": np.uint8})
     if invalid := count_invalid(packed):
-        raise CheckpointError(
-            f"{tensors.folder}: {weight} has {invalid} byte(s) with the bit pair 11"
-        )
+        raise tensors.fault(weight, "pairs of bits 00, 01 or 10", f"11 in {invalid} byte(s)")
     return TernaryMatrix(packed, scale)
 
 
 def _pack_floats(tensors: Tensors, name: str, shape: tuple[int, int]) -> np.ndarray:
     """Pack a matrix stored unpacked, as floats that must be exactly -1, 0 or +1."""
     values = tensors.take(name, shape, FLOATS).astype(np.float32)
-    if not np.isin(values, (-1, 0, 1)).all():
-        raise CheckpointError(f"{tensors.folder}: {name} must hold only -1, 0 and +1")
-    return pack_hf(values.astype(np.int8))
+    try:
+        return pack_hf(values)
+    except ValueError:
+        other = values[~np.isin(values, (-1, 0, 1))][0]
+        raise tensors.fault(name, "-1, 0 or +1 in every place", str(other)) from None

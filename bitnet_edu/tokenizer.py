@@ -1,6 +1,5 @@
 """Text to token ids and back, and a conversation to the prompt that a model was trained on."""
 
-import json
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +9,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers.decoders import DecodeStream
 
+from bitnet_edu.checkpoint import fault, read_json
 from bitnet_edu.errors import CheckpointError, InputError
 
 Messages = Sequence[dict[str, str]]
@@ -33,6 +33,8 @@ class Tokenizer:
         bos_token: str = "",
         eos_token: str = "",
     ):
+        backend.no_truncation()  # a tokenizer.json may carry settings of the training
+        backend.no_padding()
         self.backend = backend
         self.bos_token = bos_token
         self.eos_token = eos_token
@@ -46,19 +48,16 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from None
         path = folder / "tokenizer_config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+        config = read_json(path, {})
+        template = config.get("chat_template") or BITNET_CHAT_TEMPLATE
         template_file = folder / "chat_template.jinja"
         if template_file.exists():
-            config["chat_template"] = template_file.read_text(encoding="utf-8")
-        return cls(
-            backend,
-            config.get("chat_template") or BITNET_CHAT_TEMPLATE,
-            _token_text(config.get("bos_token")),
-            _token_text(config.get("eos_token")),
-        )
+            path, template = template_file, template_file.read_text("utf-8", "replace")
+        bos, eos = (_token_text(config.get(f"{name}_token")) for name in ("bos", "eos"))
+        for text in (template, bos, eos):
+            if not isinstance(text, str):
+                raise fault(path, "the chat template and special tokens", "text", repr(text))
+        return cls(backend, template, bos, eos)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Text -> token ids; the tokenizer's own start token comes first unless switched off."""
@@ -66,23 +65,22 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Token ids -> text. InputError for an id that the vocabulary does not have."""
+        ids = [int(token) for token in ids]
         for token in ids:
-            if self.backend.id_to_token(token) is None:
+            if not 0 <= token < 2**32 or self.backend.id_to_token(token) is None:
                 raise InputError(f"token id {token} is not in this tokenizer's vocabulary")
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def decode_stream(self, ids: Iterator[int]) -> Iterator[str]:
         """Pieces of text as the ids come, each of whole characters (UTF-8 is never split)."""
-        decoder, seen = DecodeStream(skip_special_tokens=True), []
-        sent = 0
+        decoder, seen, sent = DecodeStream(skip_special_tokens=True), [], 0
         for token in ids:
             seen.append(token)
-            piece = decoder.step(self.backend, token)
-            if piece:
+            if piece := decoder.step(self.backend, token):
                 sent += len(piece)
                 yield piece
         # a sequence cut off inside a character still owes its last, replaced, character
-        if rest := self.decode(seen)[sent:]:
+        if rest := self.backend.decode(seen)[sent:]:
             yield rest
 
     def token_id(self, token: str) -> int | None:
@@ -92,9 +90,12 @@ class Tokenizer:
     def chat_text(self, messages: Messages, add_generation_prompt: bool = True) -> str:
         """The conversation as one string, by the chat template (sandboxed Jinja)."""
         for message in messages:
-            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-                raise InputError(f"a message needs 'role' and 'content', this one is {message!r}")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+            texts = isinstance(message, dict) and (message.get("role"), message.get("content"))
+            if not texts or not all(isinstance(text, str) for text in texts):
+                raise InputError(f"a message needs a 'role' and a 'content', found {message!r}")
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = _raise_template_error
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
@@ -104,7 +105,7 @@ class Tokenizer:
                 bos_token=self.bos_token,
                 eos_token=self.eos_token,
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a small program and can fail in any way
             raise InputError(f"the chat template refuses these messages: {error}") from None
 
     def apply_chat_template(
@@ -115,7 +116,7 @@ class Tokenizer:
 
 
 def _token_text(token: str | dict | None) -> str:
-    return token["content"] if isinstance(token, dict) else token or ""
+    return token.get("content") if isinstance(token, dict) else token or ""
 
 
 def _raise_template_error(message: str) -> None:
