@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, TokenType
-from numba import njit, prange
+from numba import njit
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as HFTokenizer
 
@@ -171,18 +171,15 @@ class _Tensors:
 
     def matrix(self, name: str, shape: tuple[int, int]) -> TernaryMatrix:
         """Repack bitnet.cpp's layout into ours; check the scale and every code."""
-        rows, columns = shape
+        columns = shape[1]
         where = f"{self.path}: {name}.weight"
-        if rows * columns % self.block:
-            raise CheckpointError(
-                f"{where}: {rows * columns} weights aren't blocks of {self.block}"
-            )
+        if columns % self.block:
+            raise CheckpointError(f"{where}: {columns} columns are not blocks of {self.block}")
         data = self.map(self.take(name, shape, (I2_S,)))
         scale = data[-SCALE_BYTES : 4 - SCALE_BYTES].view(np.float32)[0]
         if not (np.isfinite(scale) and scale > 0):
             raise CheckpointError(f"{where}: the scale must be positive, found {scale}")
-        packed = np.empty((rows // 4, columns), np.uint8)
-        repack_i2s(data, packed, self.block)
+        packed = repack_i2s(data[:-SCALE_BYTES], shape, self.block)
         if invalid := count_invalid(packed):
             raise CheckpointError(f"{where}: {invalid} byte(s) hold the bit pair 11")
         return TernaryMatrix(packed, np.float32(scale))
@@ -305,27 +302,32 @@ def _read_config(metadata: dict[str, Any], path: Path) -> BitNetConfig:
     return parse_config(raw, path, {})
 
 
-@njit(cache=True, parallel=True)
-def repack_i2s(i2s: np.ndarray, packed: np.ndarray, block: int) -> None:
-    """`pack_hf(unpack_i2s(i2s))` in one pass: uint8[out*in/4] -> uint8[out/4, in].
+def repack_i2s(i2s: np.ndarray, shape: tuple[int, int], block: int) -> np.ndarray:
+    """`pack_hf(unpack_i2s(i2s, shape, block))` in one pass: uint8[out*in/4] -> uint8[out/4, in].
 
-    Rows must be whole blocks: a multiple of `block` columns.
+    Rows must be whole blocks: `in` a multiple of `block`.
     """
-    rows, columns = packed.shape
-    quarter, row_bytes = block // 4, columns // 4
-    for r in prange(rows):
-        a = i2s[r * row_bytes : (r + 1) * row_bytes]
-        b = i2s[(r + rows) * row_bytes : (r + rows + 1) * row_bytes]
-        c = i2s[(r + 2 * rows) * row_bytes : (r + 2 * rows + 1) * row_bytes]
-        d = i2s[(r + 3 * rows) * row_bytes : (r + 3 * rows + 1) * row_bytes]
-        for start in range(0, row_bytes, quarter):
+    rows, columns = shape
+    packed = np.empty((rows // 4, columns), np.uint8)
+    _repack(i2s.view(np.uint64).reshape(4, rows // 4, -1), packed.view(np.uint64), block // 32)
+    return packed
+
+
+@njit(cache=True)
+def _repack(i2s: np.ndarray, packed: np.ndarray, words: int) -> None:
+    """uint64[4, out/4, in/32] -> uint64[out/4, in/8]; a quarter of a block is `words` long."""
+    pair = np.uint64(0x0303030303030303)
+    for r in range(len(packed)):
+        a, b, c, d, out = i2s[0, r], i2s[1, r], i2s[2, r], i2s[3, r], packed[r]
+        for start in range(0, len(a), words):
             for group in range(4):
-                shift = 6 - 2 * group
-                out = packed[r, 4 * start + group * quarter : 4 * start + (group + 1) * quarter]
-                for j in range(quarter):
-                    low = a[start + j] >> shift & 3 | (b[start + j] >> shift & 3) << 2
-                    high = (c[start + j] >> shift & 3) << 4 | (d[start + j] >> shift & 3) << 6
-                    out[j] = low | high
+                shift = np.uint64(6 - 2 * group)
+                for j in range(start, start + words):
+                    codes = a[j] >> shift & pair
+                    codes |= (b[j] >> shift & pair) << np.uint64(2)
+                    codes |= (c[j] >> shift & pair) << np.uint64(4)
+                    codes |= (d[j] >> shift & pair) << np.uint64(6)
+                    out[3 * start + group * words + j] = codes
 
 
 def _read_tokenizer(metadata: dict[str, Any], config: BitNetConfig, path: Path) -> Tokenizer | None:

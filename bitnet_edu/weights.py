@@ -104,7 +104,8 @@ def random_weights(config: BitNetConfig, seed: int = 0) -> Weights:
             [b for b in range(256) if all(b >> s & 3 < 3 for s in (0, 2, 4, 6))], np.uint8
         )
         packed = legal[rng.integers(0, 81, size=(out // 4, n), dtype=np.uint8)]
-        return TernaryMatrix(packed, np.float32(1.2 / np.sqrt(n)))
+        # like Microsoft's, the scale is a bfloat16
+        return TernaryMatrix(packed, np.float32(ml_dtypes.bfloat16(1.2 / np.sqrt(n))))
 
     def norm(n: int) -> np.ndarray:
         return rng.uniform(0.5, 1.5, n).astype(ml_dtypes.bfloat16).astype(np.float32)
