@@ -1,28 +1,55 @@
-"""The engine: the same maths as reference.py on compiled kernels, with a KV cache."""
+"""The engine: the same maths as reference.py in one compiled step, with a KV cache.
 
+`kernels.step` does the work on the weights where they lie, memory-mapped or not; this module
+prepares its tables and buffers, checks what comes in, and feeds it prompts tile by tile.
+"""
+
+import threading
+
+import ml_dtypes
 import numpy as np
 
-from bitnet_edu.errors import ContextLengthError, InputError
-from bitnet_edu.kernels.matmul import ternary_matmul
-from bitnet_edu.layers import attention, rms_norm, rope, squared_relu
-from bitnet_edu.quantize import absmax_int8
-from bitnet_edu.weights import BitNetConfig, LayerWeights, TernaryMatrix, Weights
+from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
+from bitnet_edu.kernels.attention import SPAN
+from bitnet_edu.kernels.simd import MAX_COLUMNS, kernel_index, kernel_name
+from bitnet_edu.kernels.step import STAGE_NAMES, STAGES, Cache, Shape, Table, Work, step
+from bitnet_edu.kernels.threads import default_threads, run
+from bitnet_edu.layers import rope_frequencies
+from bitnet_edu.weights import BitNetConfig, Weights
+
+TILE = 256  # prompt tokens that go through the layers together
+WORTH_A_THREAD = (
+    2**21
+)  # bytes of weights times tokens below which waking a thread costs more than it brings
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: float32[layers, max_len, kv_heads, head_dim] each."""
+    """Keys and values of the tokens seen so far, [layers, kv_heads, max_len, head_dim] each.
 
-    def __init__(self, config: BitNetConfig, max_len: int):
+    dtype: float32 (default), or float16: half the memory and, in long contexts, half the time of
+    attention, for an error of 5e-4 of each number.
+    """
+
+    def __init__(self, config: BitNetConfig, max_len: int, dtype: type = np.float32):
         if not 1 <= max_len <= config.max_position_embeddings:
             raise ContextLengthError(
                 f"a cache of {max_len} tokens was asked for, but this model's context is 1 to "
                 f"{config.max_position_embeddings} tokens: ask for a max_len in that range"
             )
-        shape = config.num_hidden_layers, max_len, config.num_key_value_heads, config.head_dim
-        self.keys = np.zeros(shape, np.float32)
-        self.values = np.zeros(shape, np.float32)
+        if dtype not in (np.float32, np.float16):
+            raise InputError(f"a KV cache is float32 or float16, not {dtype}")
+        self.config = config
+        shape = config.num_hidden_layers, config.num_key_value_heads, max_len, config.head_dim
+        self.keys = np.zeros(shape, dtype)
+        self.values = np.zeros(shape, dtype)
         self.max_len = max_len
         self.length = 0
+        positions = np.arange(max_len, dtype=np.float32)[:, None]
+        angles = positions * rope_frequencies(config.head_dim, config.rope_theta)
+        bits = np.uint16 if dtype == np.float16 else dtype  # compiled code has no float16
+        self._arrays = Cache(
+            self.keys.view(bits), self.values.view(bits), np.cos(angles), np.sin(angles)
+        )
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` tokens."""
@@ -32,27 +59,68 @@ class KVCache:
 
 
 class BitNet:
-    """A model that maps token ids to logits. Text comes in `bitnet_edu.generate`."""
+    """A model that maps token ids to logits. Text comes in `bitnet_edu.generate`.
+
+    `threads` (default: the physical cores) and `kernel` (default: the fastest that this CPU runs)
+    may be changed at any time. Calls from several Python threads are safe: they take turns.
+    """
 
     def __init__(self, config: BitNetConfig, weights: Weights):
         self.config = config
         self.weights = weights
+        self.threads = default_threads()
+        self._lock = threading.Lock()
+        self.kernel = kernel_name()
+        self._shape = Shape(
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.vocab_size,
+            np.float32(config.rms_norm_eps),
+        )
+        if max(config.hidden_size, config.intermediate_size) > MAX_COLUMNS:
+            raise InputError(
+                f"the kernels are exact up to {MAX_COLUMNS} columns, this model has more"
+            )
+        head = weights.lm_head
+        self._head = (
+            head if head.dtype == ml_dtypes.bfloat16 else head.astype(np.float32, copy=False)
+        )
+        self._head = np.require(self._head, requirements="CA")
+        self._packed = [
+            [np.require(matrix.packed, np.uint8, "C") for matrix in layer[:7]]
+            for layer in weights.layers
+        ]  # kept, for the table holds nothing but addresses
+        self._table = self._make_table()
+        self._bytes = sum(packed.nbytes for row in self._packed for packed in row)
+        self._work: Work | None = None
 
-    def new_cache(self, max_len: int | None = None) -> KVCache:
+    def new_cache(self, max_len: int | None = None, dtype: type = np.float32) -> KVCache:
         """An empty KV cache for up to `max_len` tokens (default: the model's whole context)."""
-        return KVCache(self.config, max_len or self.config.max_position_embeddings)
+        return KVCache(self.config, max_len or self.config.max_position_embeddings, dtype)
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Scores after every prefix of the sequence: int[T] -> float32[T, vocab]."""
         ids = self._checked(ids)
-        return self._head(self._body(ids, self.new_cache(len(ids))))
+        hidden = np.empty((len(ids), self.config.hidden_size), np.float32)
+        self._body(ids, self.new_cache(len(ids)), hidden)
+        scores = np.empty((len(ids), self.config.vocab_size), np.float32)
+        for first in range(
+            0, len(self._head), 8192
+        ):  # float32 copies of a few rows, not of the head
+            rows = slice(first, first + 8192)
+            scores[:, rows] = hidden @ self._head[rows].astype(np.float32).T
+        return scores
 
     def forward(self, ids: np.ndarray, cache: KVCache) -> np.ndarray:
         """Append int[T] tokens to the cache; return the scores of the next token, float32[vocab].
 
-        ContextLengthError, with the cache as it was, if the tokens don't fit in it.
+        With the cache as it was: ContextLengthError if the tokens don't fit in it, BitNetError if
+        NaN or Inf turn up.
         """
-        return self._head(self._body(self._checked(ids), cache)[-1])
+        return self._body(self._checked(ids), cache)
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
         ids = np.asarray(ids)
@@ -65,49 +133,87 @@ class BitNet:
             )
         return ids
 
-    def _body(self, ids: np.ndarray, cache: KVCache) -> np.ndarray:
-        """All layers: int[T] -> float32[T, hidden] after the last norm; the cache grows by T."""
-        if cache.length + len(ids) > cache.max_len:
-            raise ContextLengthError(
-                f"{len(ids)} tokens do not fit after {cache.length} in a context of {cache.max_len}: "
-                "shorten the prompt or start a new conversation"
+    def _body(
+        self, ids: np.ndarray, cache: KVCache, hidden: np.ndarray | None = None
+    ) -> np.ndarray:
+        """All layers, tile by tile; the cache grows by T.
+
+        Returns the last token's logits, or fills `hidden`, float32[T, hidden], after the last norm.
+        """
+        if cache.config != self.config:
+            raise InputError("this KV cache was made for another model: make one with new_cache")
+        with self._lock:
+            if cache.length + len(ids) > cache.max_len:
+                raise ContextLengthError(
+                    f"{len(ids)} tokens do not fit after {cache.length} in a context of "
+                    f"{cache.max_len}: shorten the prompt or start a new conversation"
+                )
+            for first in range(0, len(ids), TILE):
+                tile = ids[first : first + TILE]
+                want_logits = hidden is None and first + len(tile) == len(ids)
+                work = self._run(tile, cache, cache.length + first, want_logits)
+                if hidden is not None:
+                    hidden[first : first + len(tile)] = work.normed[: len(tile), : hidden.shape[1]]
+            cache.length += len(ids)
+            return hidden if hidden is not None else work.logits.copy()
+
+    def _run(self, ids: np.ndarray, cache: KVCache, start: int, want_logits: bool) -> Work:
+        if self._work is None or len(self._work.scores) < self.threads:
+            self._work = self._make_work()
+        work, tokens = self._work, len(ids)
+        work.x[:tokens] = self.weights.embedding[ids]
+        work.fault[0] = 0
+        args = self._shape, self._table, cache._arrays, work, start, tokens, want_logits
+        args += (kernel_index(self.kernel),)
+        worth = 1 + tokens * self._bytes // WORTH_A_THREAD
+        run(step, args, min(self.threads, worth))
+        if work.fault[0]:
+            layer, stage = divmod(int(work.fault[0]) - 1, STAGES)
+            where = (
+                f"layer {layer}, {STAGE_NAMES[stage]}" if layer < len(self._packed) else "last norm"
             )
-        x = self.weights.embedding[ids].astype(np.float32)
-        for index, layer in enumerate(self.weights.layers):
-            x = self._layer(x, layer, cache, index)
-        cache.length += len(ids)
-        return rms_norm(x, self.weights.norm, self.config.rms_norm_eps)
+            raise BitNetError(
+                f"NaN or Inf among the activations ({where}): the weights are damaged or were read "
+                "in the wrong format; `bitnet-edu verify` compares them with transformers"
+            )
+        return work
 
-    def _layer(self, x: np.ndarray, layer: LayerWeights, cache: KVCache, index: int) -> np.ndarray:
-        config, eps = self.config, self.config.rms_norm_eps
-        start, end = cache.length, cache.length + len(x)
-        positions, heads = np.arange(start, end), (len(x), -1, config.head_dim)
-
-        normed = rms_norm(x, layer.input_layernorm, eps)
-        q, k, v = (
-            y.reshape(heads) for y in _project(normed, layer.q_proj, layer.k_proj, layer.v_proj)
+    def _make_table(self) -> Table:
+        layers = self.weights.layers
+        out, columns = np.array(list(self.config.matrix_shapes.values())).T
+        q, k, _, _, gate, _, _ = out
+        return Table(
+            np.array([[packed.ctypes.data for packed in row] for row in self._packed], np.int64),
+            np.array([[matrix.scale for matrix in layer[:7]] for layer in layers], np.float32),
+            out // 4,
+            columns.copy(),
+            np.array([0, q, q + k, 0, 0, gate, 0]),
+            np.array([layer.input_layernorm for layer in layers] + [self.weights.norm], np.float32),
+            np.array([layer.post_attention_layernorm for layer in layers], np.float32),
+            np.array([layer.attn_sub_norm for layer in layers], np.float32),
+            np.array([layer.ffn_sub_norm for layer in layers], np.float32),
+            self._head.ctypes.data,
+            self._head.itemsize,
         )
-        cache.keys[index, start:end] = rope(k, positions, config.rope_theta)
-        cache.values[index, start:end] = v
-        q = rope(q, positions, config.rope_theta)
-        mixed = attention(q, cache.keys[index, :end], cache.values[index, :end]).reshape(len(x), -1)
-        x = x + _project(rms_norm(mixed, layer.attn_sub_norm, eps), layer.o_proj)[0]
 
-        normed = rms_norm(x, layer.post_attention_layernorm, eps)
-        gate, up = _project(normed, layer.gate_proj, layer.up_proj)
-        inner = rms_norm(squared_relu(gate) * up, layer.ffn_sub_norm, eps)
-        return x + _project(inner, layer.down_proj)[0]
-
-    def _head(self, x: np.ndarray) -> np.ndarray:
-        return x @ self.weights.lm_head.astype(np.float32).T
-
-
-def _project(x: np.ndarray, *matrices: TernaryMatrix) -> list[np.ndarray]:
-    """BitLinear with each matrix; the activations are quantized once for all of them."""
-    q, x_scale = absmax_int8(x)
-    outputs = []
-    for packed, scale in matrices:
-        sums = np.empty((len(x), 4 * len(packed)), np.int32)
-        ternary_matmul(packed, q, sums)
-        outputs.append(sums.astype(np.float32) * (x_scale * np.float32(scale)))
-    return outputs
+    def _make_work(self) -> Work:
+        c = self.config
+        wide = max(c.hidden_size, c.intermediate_size)
+        heads = c.num_attention_heads
+        kv = c.num_key_value_heads * c.head_dim
+        slots = max(TILE, -(-c.max_position_embeddings // SPAN))
+        return Work(
+            x=np.empty((TILE, c.hidden_size), np.float32),
+            normed=np.empty((TILE, wide), np.float32),
+            q=np.empty((TILE, wide), np.int8),
+            q_scale=np.empty(TILE, np.float32),
+            q_sum=np.empty(TILE, np.int32),
+            sums=np.empty((TILE, max(c.hidden_size + 2 * kv, 2 * c.intermediate_size)), np.int32),
+            queries=np.empty((TILE, heads, c.head_dim), np.float32),
+            mixed=np.empty((slots, heads, c.head_dim), np.float32),
+            largest=np.empty((slots, heads), np.float32),
+            total=np.empty((slots, heads), np.float32),
+            scores=np.empty((self.threads, heads // c.num_key_value_heads, SPAN), np.float32),
+            logits=np.empty(c.vocab_size, np.float32),
+            fault=np.zeros(1, np.int64),
+        )

@@ -1,0 +1,63 @@
+"""How this package compiles, and small things that Numba cannot say."""
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+# Compiled code raises nothing: a thread that stopped half-way would leave the others waiting.
+# So division follows NumPy, and NaN is looked for where it matters (`step.norm_and_quantize`).
+OPTIONS = {"nogil": True, "error_model": "numpy"}
+inner = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+jit = njit(**inner)
+# Sums in any order, so that they vectorize. NaN and Inf stay what they are.
+sum_jit = njit(**inner, fastmath={"reassoc"})
+cached_jit = njit(**OPTIONS, cache=True)
+
+
+@jit
+def ceil_div(a, b):
+    return (a + b - 1) // b
+
+
+@intrinsic
+def pointer(typingctx, address, dtype):
+    """An int64 address as a pointer to `dtype`, for `numba.carray`."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(dtype.dtype)(types.int64, dtype), codegen
+
+
+@intrinsic
+def as_float(typingctx, bits):
+    """The float32 that has the lower 32 bits of this integer."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(builder.trunc(args[0], ir.IntType(32)), ir.FloatType())
+
+    return types.float32(types.int64), codegen
+
+
+@intrinsic
+def widen(typingctx, number):
+    """float32 as it is; uint16, the bits of a float16, as float32."""
+
+    def codegen(context, builder, signature, args):
+        if signature.args[0] == types.float32:
+            return args[0]
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(number), codegen
+
+
+@intrinsic
+def narrow(typingctx, number, like):
+    """float32 -> the type of `like`: float32, or uint16 with the bits of the nearest float16."""
+
+    def codegen(context, builder, signature, args):
+        if signature.return_type == types.float32:
+            return args[0]
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return like(types.float32, like), codegen

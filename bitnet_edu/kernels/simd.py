@@ -1,0 +1,245 @@
+"""The production kernel: packed ternary weights times int8 activations, at the speed of memory.
+
+Read it with chapter 07. In Hugging Face's layout a byte holds four weights of the *same column* and
+of four different rows, so 64 bytes of weights need 64 activations, loaded once for four rows:
+
+    codes_k = weights & (3 << 2k)                     k = 0..3: no shift, the sum is shifted instead
+    sums_k += codes_k . activations                   one vpdpbusd: 64 products, added in fours
+    out_k   = (sum of sums_k >> 2k) - sum(activations)    codes are w + 1
+
+Everything is exact in int32 below 2**17 columns: |128 * 128 * columns| < 2**31, where 128 is both
+the largest masked code (2 << 6) and the largest activation.
+
+Numba has no vector type, so `_dot_tile` writes LLVM's vector code itself: a Python loop there is
+unrolled machine code here. `KERNELS` lists what a CPU must offer; "portable" asks for nothing and
+compiles to whatever vectors the machine has (NEON on Arm).
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from bitnet_edu.errors import InputError
+from bitnet_edu.kernels.bits import jit, pointer
+
+MAX_COLUMNS = 2**17 - 1
+CHUNK_BYTES = 49152  # of weights that a thread takes at a time: a microsecond or two of reading
+STEP = 64  # columns per turn of the loop, and what a row of activations is best padded to
+INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+
+
+def _vector(type_: ir.Type, lanes: int) -> ir.VectorType:
+    return ir.VectorType(type_, lanes)
+
+
+def _splat(vector: ir.VectorType, value: int) -> ir.Constant:
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
+    """Call an LLVM intrinsic by its name."""
+    signature = ir.FunctionType(result, [a.type for a in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), args)
+
+
+# --- One step per instruction set: sums + codes . activations ---------------------------------
+
+
+def _dot_vnni(builder: ir.IRBuilder, sums: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
+    """64 unsigned times 64 signed bytes, four neighbours added into each of 16 sums."""
+    codes, x = (builder.bitcast(v, sums.type) for v in (codes, x))
+    return _call(builder, "llvm.x86.avx512.vpdpbusd.512", sums.type, sums, codes, x)
+
+
+def _dot_avx2(builder: ir.IRBuilder, sums: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
+    """Pairs into int16 (2 * 128 * 128 just fits, for it is always negative), then into int32."""
+    pairs = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", _vector(INT16, 16), codes, x)
+    ones = _splat(pairs.type, 1)
+    return builder.add(sums, _call(builder, "llvm.x86.avx2.pmadd.wd", sums.type, pairs, ones))
+
+
+def _dot_portable(builder: ir.IRBuilder, sums: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
+    """Plain widening arithmetic that LLVM compiles for any machine; a product fits int16."""
+    wide = _vector(INT16, x.type.count)
+    products = builder.mul(builder.zext(codes, wide), builder.sext(x, wide))
+    return builder.add(sums, builder.sext(products, sums.type))
+
+
+class Kernel(NamedTuple):
+    """An instruction set: the CPU features it needs and the shape of its unrolled code."""
+
+    features: tuple[str, ...]
+    width: int  # bytes in a vector
+    sums: int  # int32 sums in a vector
+    tokens: int  # tokens that share decoded weights in prefill: as many as the registers hold
+    dot: Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value], ir.Value]
+
+
+KERNELS = {
+    "vnni": Kernel(("avx512vnni", "avx512bw"), 64, 16, 4, _dot_vnni),
+    "avx2": Kernel(("avx2",), 32, 8, 2, _dot_avx2),
+    "portable": Kernel((), 16, 16, 2, _dot_portable),
+}
+
+
+@functools.cache
+def supported_kernels() -> tuple[str, ...]:
+    """The names in `KERNELS` that this CPU can run, fastest first."""
+    features = llvm.get_host_cpu_features()
+    return tuple(n for n, k in KERNELS.items() if all(features.get(f) for f in k.features))
+
+
+def kernel_name() -> str:
+    """The fastest kernel that this CPU runs, or what BITNET_EDU_KERNEL names (InputError)."""
+    name = os.environ.get("BITNET_EDU_KERNEL") or supported_kernels()[0]
+    kernel_index(name)
+    return name
+
+
+def kernel_index(name: str) -> int:
+    """The number by which compiled code knows a kernel. InputError if this CPU cannot run it."""
+    if name not in supported_kernels():
+        raise InputError(
+            f"kernel {name!r} (see BITNET_EDU_KERNEL) cannot run here: this CPU has "
+            f"{', '.join(supported_kernels())}"
+        )
+    return list(KERNELS).index(name)
+
+
+# --- The unrolled loop -------------------------------------------------------------------------
+
+
+def _dot_tile(name: str, tokens: int):
+    """Make an intrinsic: one byte row of weights (four output rows) times `tokens` tokens.
+
+    (weights, x, x_stride, steps, x_sums, out, out_token, out_row): addresses of uint8[64 * steps],
+    of `tokens` rows of int8 that lie x_stride apart, and of int32[tokens] sums of these rows;
+    writes int32 at out + 4 * (token * out_token + k * out_row). On a CPU that lacks the
+    instructions it compiles to nothing; `kernel_index` keeps such a kernel from being called.
+    """
+    kernel = KERNELS[name]
+
+    def codegen(context, builder, signature, args):
+        if name not in supported_kernels():
+            return context.get_dummy_value()
+        weights, x, x_stride, steps, x_sums, out, out_token, out_row = args
+        bytes_, sums = _vector(INT8, kernel.width), _vector(INT32, kernel.sums)
+
+        def load(address, type_):  # align=1: a memory-mapped tensor may start anywhere
+            return builder.load(builder.inttoptr(address, type_.as_pointer()), align=1)
+
+        zero = _splat(sums, 0)
+        accumulators = [
+            [cgutils.alloca_once_value(builder, zero) for _ in range(4)] for _ in range(tokens)
+        ]
+        with cgutils.for_range(builder, steps, intp=INT64) as loop:
+            for part in range(0, STEP, kernel.width):
+                column = builder.add(builder.mul(loop.index, INT64(STEP)), INT64(part))
+                w = load(builder.add(weights, column), bytes_)
+                codes = [builder.and_(w, _splat(bytes_, 3 << 2 * k)) for k in range(4)]
+                for token in range(tokens):
+                    row = builder.add(x, builder.mul(x_stride, INT64(token)))
+                    activations = load(builder.add(row, column), bytes_)
+                    for accumulator, code in zip(accumulators[token], codes, strict=True):
+                        value = kernel.dot(builder, builder.load(accumulator), code, activations)
+                        builder.store(value, accumulator)
+
+        four = _vector(INT32, 4)
+        for token in range(tokens):
+            total = _sum_lanes(builder, [builder.load(a) for a in accumulators[token]])
+            total = builder.ashr(total, ir.Constant(four, [0, 2, 4, 6]))
+            x_sum = load(builder.add(x_sums, INT64(4 * token)), INT32)
+            for k in range(4):
+                value = builder.sub(builder.extract_element(total, INT32(k)), x_sum)
+                index = builder.mul(out_token, INT64(token))
+                index = builder.add(index, builder.mul(out_row, INT64(k)))
+                address = builder.add(out, builder.mul(index, INT64(4)))
+                builder.store(value, builder.inttoptr(address, INT32.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    def typer(typingctx, weights, x, x_stride, steps, x_sums, out, out_token, out_row):
+        return types.void(*[types.int64] * 8), codegen
+
+    return intrinsic(typer)
+
+
+def _sum_lanes(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+    """Four vectors -> <4 x i32> of their sums, by adding neighbours until four lanes are left."""
+
+    def add_neighbours(a: ir.Value, b: ir.Value, lanes: int) -> ir.Value:
+        even, odd = (
+            builder.shuffle_vector(
+                a, b, ir.Constant(_vector(INT32, lanes), list(range(s, 2 * lanes, 2)))
+            )
+            for s in (0, 1)
+        )
+        return builder.add(even, odd)
+
+    a, b, c, d = vectors
+    lanes = a.type.count
+    result = add_neighbours(add_neighbours(a, b, lanes), add_neighbours(c, d, lanes), lanes)
+    while lanes > 4:
+        lanes //= 2
+        result = add_neighbours(result, result, lanes)
+    return result
+
+
+_vnni_1, _vnni_n = _dot_tile("vnni", 1), _dot_tile("vnni", KERNELS["vnni"].tokens)
+_avx2_1, _avx2_n = _dot_tile("avx2", 1), _dot_tile("avx2", KERNELS["avx2"].tokens)
+_plain_1, _plain_n = _dot_tile("portable", 1), _dot_tile("portable", KERNELS["portable"].tokens)
+_TILES = tuple(kernel.tokens for kernel in KERNELS.values())
+
+
+@jit
+def chunk_rows(columns):
+    """Byte rows that a thread takes at a time."""
+    return max(1, CHUNK_BYTES // columns)
+
+
+@jit
+def ternary_rows(kernel, weights, rows, columns, first, last, x, x_sums, tokens, out):
+    """out[t, r + k * rows] = sum over c of w[r + k * rows, c] * x[t, c], exactly.
+
+    For the byte rows first <= r < last, k = 0..3 and t < tokens. weights: the address of
+    uint8[rows, columns], x: int8[>= tokens, >= columns], x_sums: int32[>= tokens], the sum of each
+    row of x, out: int32[>= tokens, >= 4 * rows], kernel: an index into `KERNELS`.
+    """
+    steps = columns // STEP
+    token = 0
+    while token < tokens:
+        tile = _TILES[kernel] if tokens - token >= _TILES[kernel] else 1
+        x_at = np.int64(x[token:].ctypes.data)
+        sums_at = np.int64(x_sums[token:].ctypes.data)
+        for r in range(first, last):
+            row = weights + r * columns
+            a = (row, x_at, x.strides[0], steps, sums_at)
+            b = (np.int64(out[token, r:].ctypes.data), out.strides[0] // 4, rows)
+            if kernel == 0:
+                if tile > 1:
+                    _vnni_n(*a, *b)
+                else:
+                    _vnni_1(*a, *b)
+            elif kernel == 1:
+                if tile > 1:
+                    _avx2_n(*a, *b)
+                else:
+                    _avx2_1(*a, *b)
+            elif tile > 1:
+                _plain_n(*a, *b)
+            else:
+                _plain_1(*a, *b)
+            tail = carray(pointer(row, np.uint8), columns)
+            for c in range(STEP * steps, columns):  # the last columns, fewer than 64
+                byte = tail[c]
+                for t in range(token, token + tile):
+                    for k in range(4):
+                        out[t, r + k * rows] += (np.int32(byte) >> 2 * k & 3) * x[t, c]
+        token += tile

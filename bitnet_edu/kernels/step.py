@@ -1,0 +1,300 @@
+"""The whole model as one compiled function: `step` runs tokens through all layers and the head.
+
+A layer is ten stages. The five named after matrices and attention are shared by all threads, chunk
+by chunk (see threads.py); the pointwise ones in between take one token a chunk. Between two stages
+lie only the buffers of `Work`, made once: nothing is allocated while tokens are made.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numba import carray
+
+from bitnet_edu.kernels.attention import SPAN, attend, dot, join, rotate_and_store
+from bitnet_edu.kernels.bits import as_float, cached_jit, ceil_div, jit, pointer, sum_jit
+from bitnet_edu.kernels.simd import chunk_rows, ternary_rows
+from bitnet_edu.kernels.threads import finish, take, wait_for
+
+STAGE_NAMES = (
+    "input norm",
+    "q, k and v",
+    "rotation",
+    "attention",
+    "attention's SubLN",
+    "output projection",
+    "middle norm",
+    "gate and up",
+    "feed-forward's SubLN",
+    "down projection",
+)
+STAGES = len(STAGE_NAMES)
+INPUT, QKV, ROTATION, ATTENTION, HEADS, OUTPUT, MIDDLE, GATE_UP, SQUARED_RELU, DOWN = range(STAGES)
+HEAD_CHUNK = 163840  # bytes of the head that a thread takes at a time
+
+
+class Shape(NamedTuple):
+    """The numbers of a `BitNetConfig` that compiled code needs."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    eps: np.float32
+
+
+class Table(NamedTuple):
+    """The weights: matrices as addresses, for they may be memory-mapped; the rest as arrays."""
+
+    matrices: np.ndarray  # int64[layers, 7] addresses of packed bytes
+    scales: np.ndarray  # float32[layers, 7]
+    rows: np.ndarray  # int64[7] byte rows
+    columns: np.ndarray  # int64[7]
+    offsets: np.ndarray  # int64[7] where a matrix's sums begin among those of its stage
+    input_norm: np.ndarray  # float32[layers + 1, hidden]; the last row is the model's last norm
+    middle_norm: np.ndarray  # float32[layers, hidden]
+    attn_sub_norm: np.ndarray  # float32[layers, hidden]
+    ffn_sub_norm: np.ndarray  # float32[layers, ffn]
+    head: int  # address of bfloat16 or float32[vocab, hidden]
+    head_bytes: int  # in a number of the head: 2 or 4
+
+
+class Work(NamedTuple):
+    """The buffers between stages, for up to T tokens at a time."""
+
+    x: np.ndarray  # float32[T, hidden], the residual stream
+    normed: np.ndarray  # float32[T, max(hidden, ffn)]
+    q: np.ndarray  # int8[T, max(hidden, ffn)], quantized activations
+    q_scale: np.ndarray  # float32[T]
+    q_sum: np.ndarray  # int32[T]
+    sums: np.ndarray  # int32[T, most outputs of a stage]
+    queries: np.ndarray  # float32[T, heads, head_dim]
+    mixed: np.ndarray  # float32[T * spans, heads, head_dim], what attention found
+    largest: np.ndarray  # float32[T * spans, heads], its largest score
+    total: np.ndarray  # float32[T * spans, heads], its sum of exp(score - largest)
+    scores: np.ndarray  # float32[threads, heads / kv_heads, SPAN]
+    logits: np.ndarray  # float32[vocab]
+    fault: np.ndarray  # int64[1]: 0, or 1 + the first stage whose input held NaN or Inf
+
+
+class Cache(NamedTuple):
+    """Keys and values, float32 or uint16 that holds float16, and the rotations of each position."""
+
+    keys: np.ndarray  # [layers, kv_heads, max_len, head_dim]
+    values: np.ndarray
+    cos: np.ndarray  # float32[max_len, head_dim / 2]
+    sin: np.ndarray
+
+
+@cached_jit
+def step(shape, table, cache, work, start, tokens, want_logits, kernel, thread, counters):
+    """Run work.x[:tokens], at positions start.., through all layers; logits of the last if wanted.
+
+    Afterwards work.normed holds the tokens after the last norm. Called by several threads at once
+    with the same arguments but for `thread`.
+    """
+    spans = ceil_div(start + 1, SPAN) if tokens == 1 else 1
+    done = 0
+    chunk = take(counters)
+    for stage in range(STAGES * shape.layers + 1 + want_logits):
+        layer, kind = stage // STAGES, stage % STAGES
+        first, last = stage_matrices(kind) if layer < shape.layers else (0, 0)
+        if last:
+            count = 0
+            for m in range(first, last):
+                count += ceil_div(table.rows[m], chunk_rows(table.columns[m]))
+        elif kind == ATTENTION:
+            count = tokens * shape.kv_heads * spans
+        elif stage > STAGES * shape.layers:
+            count = ceil_div(shape.vocab, head_rows(shape, table))
+        else:
+            count = tokens
+        while chunk < done + count:
+            wait_for(counters, done)
+            if last:
+                matmul_chunk(first, chunk - done, table, work, layer, tokens, kernel)
+            elif kind == ATTENTION:
+                attention_chunk(shape, cache, work, layer, chunk - done, start, spans, thread)
+            elif stage > STAGES * shape.layers:
+                head_chunk(shape, table, work, chunk - done, tokens - 1)
+            else:
+                pointwise(stage, chunk - done, shape, table, cache, work, start, spans)
+            finish(counters)
+            chunk = take(counters)
+        done += count
+    wait_for(counters, done)
+
+
+@jit
+def stage_matrices(kind):
+    """Which of a layer's seven matrices a stage multiplies with: [first, last)."""
+    if kind == QKV:
+        return 0, 3
+    if kind == OUTPUT:
+        return 3, 4
+    if kind == GATE_UP:
+        return 4, 6
+    if kind == DOWN:
+        return 6, 7
+    return 0, 0
+
+
+@jit
+def matmul_chunk(m, chunk, table, work, layer, tokens, kernel):
+    """Some byte rows of matrix m, or of one after it, for all tokens."""
+    while True:
+        rows, columns = table.rows[m], table.columns[m]
+        size = chunk_rows(columns)
+        if chunk < ceil_div(rows, size):
+            break
+        chunk -= ceil_div(rows, size)
+        m += 1
+    first, last = chunk * size, min((chunk + 1) * size, rows)
+    weights, out = table.matrices[layer, m], work.sums[:, table.offsets[m] :]
+    ternary_rows(kernel, weights, rows, columns, first, last, work.q, work.q_sum, tokens, out)
+
+
+@jit
+def attention_chunk(shape, cache, work, layer, chunk, start, spans, thread):
+    """One token, the query heads of one KV head, and one span of positions (or all of them)."""
+    group = shape.heads // shape.kv_heads
+    token, rest = chunk // (spans * shape.kv_heads), chunk % (spans * shape.kv_heads)
+    kv_head, span = rest // spans, rest % spans
+    heads, slot = slice(kv_head * group, (kv_head + 1) * group), token * spans + span
+    first = span * SPAN
+    last = start + token + 1 if span == spans - 1 else first + SPAN
+    keys, values = cache.keys[layer, kv_head, first:last], cache.values[layer, kv_head, first:last]
+    largest, total = work.largest[slot, heads], work.total[slot, heads]
+    mixed, scores = work.mixed[slot, heads], work.scores[thread]
+    attend(work.queries[token, heads], keys, values, scores, mixed, largest, total)
+
+
+@jit
+def pointwise(stage, token, shape, table, cache, work, start, spans):
+    """What happens to one token between two matrices, or between a matrix and attention."""
+    layer, kind = stage // STAGES, stage % STAGES
+    x, x_scale = work.x[token], work.q_scale[token]
+    if kind == ROTATION:
+        rotate_and_store(
+            work.sums[token],
+            x_scale,
+            table.scales[layer],
+            cache.cos[start + token],
+            cache.sin[start + token],
+            work.queries[token],
+            cache.keys[layer, :, start + token],
+            cache.values[layer, :, start + token],
+        )
+        return
+    if kind == INPUT:
+        if layer > 0:
+            add_scaled_sums(x, work.sums[token], x_scale * table.scales[layer - 1, 6])
+        weight = table.input_norm[layer]
+    elif kind == MIDDLE:
+        add_scaled_sums(x, work.sums[token], x_scale * table.scales[layer, 3])
+        weight = table.middle_norm[layer]
+    elif kind == HEADS:
+        x, weight = work.normed[token, : shape.hidden], table.attn_sub_norm[layer]
+        slots = slice(token * spans, (token + 1) * spans)
+        join(work.mixed[slots], work.largest[slots], work.total[slots], x)
+    else:
+        x, weight = work.normed[token, : shape.ffn], table.ffn_sub_norm[layer]
+        gates, ups = work.sums[token, : shape.ffn], work.sums[token, shape.ffn : 2 * shape.ffn]
+        squared_relu(
+            gates, x_scale * table.scales[layer, 4], ups, x_scale * table.scales[layer, 5], x
+        )
+    norm_and_quantize(x, weight, shape.eps, work, token, stage)
+
+
+@jit
+def add_scaled_sums(x, sums, scale):
+    """The residual: x += what the last matrix gave."""
+    for i in range(len(x)):
+        x[i] += np.float32(sums[i]) * scale
+
+
+@jit
+def squared_relu(gates, gate_scale, ups, up_scale, out):
+    """relu(gate)**2 * up, from int32 sums."""
+    for i in range(len(out)):
+        gate = max(np.float32(gates[i]) * gate_scale, np.float32(0))
+        out[i] = gate * gate * (np.float32(ups[i]) * up_scale)
+
+
+@jit
+def norm_and_quantize(x, weight, eps, work, token, stage):
+    """layers.rms_norm into work.normed, quantize.absmax_int8 into work.q, operation for operation.
+
+    NaN and Inf are reported in work.fault, and the token becomes zeros.
+    """
+    normed, q = work.normed[token, : len(x)], work.q[token, : len(x)]
+    root = math.sqrt(mean_square(x) + eps)
+    for i in range(len(x)):
+        normed[i] = weight[i] * (x[i] / root)
+    largest = largest_magnitude(normed)
+    if not largest < np.inf:
+        work.fault[0] = stage + 1 if work.fault[0] == 0 else min(stage + 1, work.fault[0])
+        x[:] = 0
+        normed[:] = 0
+        largest = np.float32(0)
+    inverse = np.float32(1) / max(largest, np.float32(1e-5)) * np.float32(127)
+    work.q_sum[token] = round_to_int8(normed, inverse, q)
+    work.q_scale[token] = np.float32(1) / inverse
+
+
+@sum_jit
+def mean_square(x):
+    total = np.float32(0)
+    for v in x:
+        total += v * v
+    return total / np.float32(len(x))
+
+
+@jit
+def largest_magnitude(x):
+    """max |x|, NaN or Inf where x holds any: without their signs, floats order like their bits."""
+    largest = np.int32(0)
+    for bits in x.view(np.int32):
+        largest = max(largest, bits & np.int32(0x7FFFFFFF))
+    return as_float(largest)
+
+
+@jit
+def round_to_int8(x, inverse, q):
+    """q = round half to even(x * inverse); returns the sum of q."""
+    magic = np.float32(3 << 22)  # float32 has no fraction bits up here, so that adding it rounds
+    total = np.int32(0)
+    for i in range(len(x)):
+        value = np.int32((x[i] * inverse + magic) - magic)
+        q[i] = value
+        total += value
+    return total
+
+
+@jit
+def head_rows(shape, table):
+    return max(1, HEAD_CHUNK // (shape.hidden * table.head_bytes))
+
+
+@jit
+def head_chunk(shape, table, work, chunk, token):
+    """Exact logits of some rows of the vocabulary."""
+    size = head_rows(shape, table)
+    x = work.normed[token, : shape.hidden]
+    for r in range(chunk * size, min((chunk + 1) * size, shape.vocab)):
+        row = table.head + r * shape.hidden * table.head_bytes
+        if table.head_bytes == 2:
+            work.logits[r] = dot_bfloat16(x, carray(pointer(row, np.uint16), shape.hidden))
+        else:
+            work.logits[r] = dot(x, carray(pointer(row, np.float32), shape.hidden))
+
+
+@sum_jit
+def dot_bfloat16(x, row):
+    """bfloat16 is the upper half of a float32."""
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += x[i] * as_float(np.int64(row[i]) << 16)
+    return total

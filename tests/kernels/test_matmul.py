@@ -1,0 +1,113 @@
+"""Every kernel is bit-exact with int32 NumPy, on any shape, any values, any number of threads."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitnet_edu.errors import InputError
+from bitnet_edu.kernels.matmul import count_invalid, ternary_matmul
+from bitnet_edu.kernels.simd import KERNELS, MAX_COLUMNS, kernel_name, supported_kernels
+from bitnet_edu.packing import pack_hf
+
+rows_of_four = st.integers(1, 40).map(lambda n: 4 * n)
+columns = st.integers(1, 300) | st.sampled_from([2560, 6911, 6912, 6913])
+
+
+every_kernel = pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(
+                name not in supported_kernels(), reason=f"this CPU cannot run the {name} kernel"
+            ),
+        )
+        for name in KERNELS
+    ],
+)
+
+
+def exact(codes, q):
+    return q.astype(np.int32) @ codes.T.astype(np.int32)
+
+
+@every_kernel
+@settings(deadline=None, max_examples=60)
+@given(rows_of_four, columns, st.integers(1, 11), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_bit_exact_on_any_shape(kernel, out, n, tokens, threads, seed):
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(-1, 2, (out, n), dtype=np.int8)
+    q = rng.integers(-128, 128, (tokens, n), dtype=np.int8)
+    codes[rng.integers(out)] = 0
+    codes[:, rng.integers(n)] = 0
+    q[rng.integers(tokens)] = 0
+    q[:, rng.integers(n)] = -128
+    sums = ternary_matmul(pack_hf(codes), q, threads=threads, kernel=kernel)
+    np.testing.assert_array_equal(sums, exact(codes, q))
+
+
+@every_kernel
+@pytest.mark.parametrize("n", [2560, 6912, 6975, MAX_COLUMNS])
+@pytest.mark.parametrize("code", [-1, 1])
+@pytest.mark.parametrize("value", [-128, 127])
+def test_extreme_sums_do_not_saturate(kernel, n, code, value):
+    codes, q = np.full((8, n), code, np.int8), np.full((5, n), value, np.int8)
+    assert (ternary_matmul(pack_hf(codes), q, kernel=kernel) == code * value * n).all()
+
+
+@every_kernel
+def test_runs_on_a_read_only_array_at_an_odd_address(kernel):
+    rng = np.random.default_rng(0)
+    codes, q = rng.integers(-1, 2, (32, 130), np.int8), rng.integers(-128, 128, (3, 130), np.int8)
+    packed = pack_hf(codes)
+    memory = np.frombuffer(b"x" + packed.tobytes(), np.uint8)
+    odd = memory[1:].reshape(packed.shape)
+    assert odd.ctypes.data % 2 != memory.ctypes.data % 2
+    assert not odd.flags.writeable
+    np.testing.assert_array_equal(ternary_matmul(odd, q, kernel=kernel), exact(codes, q))
+
+
+def test_refuses_what_does_not_fit():
+    packed = np.zeros((2, 8), np.uint8)
+    with pytest.raises(InputError, match="do not fit"):
+        ternary_matmul(packed, np.zeros((1, 7), np.int8))
+    with pytest.raises(InputError, match=r"int32\[1, 8\]"):
+        ternary_matmul(packed, np.zeros((1, 8), np.int8), np.empty((1, 4), np.int32))
+    with pytest.raises(InputError, match="do not fit"):
+        ternary_matmul(
+            np.zeros((1, MAX_COLUMNS + 1), np.uint8), np.zeros((1, MAX_COLUMNS + 1), np.int8)
+        )
+
+
+def test_a_kernel_that_the_cpu_lacks_is_refused(monkeypatch):
+    monkeypatch.setenv("BITNET_EDU_KERNEL", "abacus")
+    with pytest.raises(
+        InputError, match=r"'abacus' .*BITNET_EDU_KERNEL.* cannot run here: this CPU has .*portable"
+    ):
+        kernel_name()
+
+
+@every_kernel
+def test_the_environment_forces_a_kernel(kernel):
+    script = (
+        "import numpy as np; from bitnet_edu.kernels.matmul import ternary_matmul;"
+        "from bitnet_edu.kernels.simd import kernel_name;"
+        "print(kernel_name(), *ternary_matmul(np.full((1, 200), 0b10_00_01_10, np.uint8),"
+        " np.full((1, 200), -128, np.int8))[0].tolist())"
+    )
+    env = {**os.environ, "BITNET_EDU_KERNEL": kernel}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == [kernel, "-25600", "0", "25600", "-25600"], done.stderr
+
+
+@given(st.binary(min_size=1, max_size=300))
+@settings(deadline=None)
+def test_count_invalid_finds_every_pair_of_ones(data):
+    packed = np.frombuffer(data, np.uint8).reshape(1, -1)
+    expected = sum(any(byte >> shift & 3 == 3 for shift in (0, 2, 4, 6)) for byte in data)
+    assert count_invalid(packed) == expected

@@ -1,0 +1,192 @@
+"""The engine against the NumPy reference, and against itself on every way through it."""
+
+import threading
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
+from bitnet_edu.kernels.simd import supported_kernels
+from bitnet_edu.model import TILE, BitNet
+from bitnet_edu.reference import BitNetReference
+from bitnet_edu.weights import BitNetConfig, TernaryMatrix, random_weights
+
+
+def config(vocab=96, hidden=64, ffn=100, layers=2, heads=4, kv_heads=2, context=640):
+    return BitNetConfig(
+        vocab, hidden, ffn, layers, heads, kv_heads, context, 500000.0, 1e-5, None, ()
+    )
+
+
+CONFIGS = {
+    "grouped-query": config(),
+    "multi-head": config(kv_heads=4),
+    "multi-query": config(kv_heads=1),
+    "odd sizes": config(vocab=301, hidden=120, ffn=68, layers=3, heads=10, kv_heads=5),
+    "wide": config(hidden=256, ffn=680, heads=2, kv_heads=1),
+}
+
+
+def model_of(config, seed=0, dtype=ml_dtypes.bfloat16, tied=True):
+    weights = random_weights(config, seed)
+    embedding = weights.embedding.astype(dtype)
+    head = embedding
+    if not tied:
+        noise = np.random.default_rng(seed + 1).standard_normal(head.shape)
+        head = noise.astype(dtype)
+    return BitNet(config, weights._replace(embedding=embedding, lm_head=head))
+
+
+def ids_of(config, count, seed=0):
+    return np.random.default_rng(seed).integers(0, config.vocab_size, count)
+
+
+def difference(a, b):
+    """Largest difference of logits as a share of their range."""
+    return np.abs(a - b).max() / np.ptp(b)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_agrees_with_the_reference(name):
+    """Tightly, but for the rare sequence in which an activation sits on a rounding boundary and one
+    int8 step flips (design of BitNet, not an error): these stay few and small."""
+    differences = []
+    for seed in range(20):
+        model = model_of(CONFIGS[name], seed)
+        ids = ids_of(CONFIGS[name], 7, seed)
+        expected = BitNetReference(model.config, model.weights).logits(ids)
+        differences.append(difference(model.logits(ids), expected))
+    assert np.median(differences) < 1e-6
+    assert np.mean(np.array(differences) < 2e-6) >= 0.8
+    assert max(differences) < 0.03
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+def test_embedding_dtypes_and_untied_heads(dtype, tied):
+    differences = []
+    for seed in range(5):
+        model = model_of(config(), seed, dtype, tied)
+        ids = ids_of(model.config, 7, seed)
+        expected = BitNetReference(model.config, model.weights).logits(ids)
+        differences.append(difference(model.forward(ids, model.new_cache(8)), expected[-1]))
+    assert np.median(differences) < 1e-6
+
+
+@pytest.mark.parametrize("kernel", supported_kernels())
+def test_cache_prefill_and_decode_give_the_same_rows(kernel):
+    model = model_of(CONFIGS["odd sizes"])
+    model.kernel = kernel
+    ids = ids_of(model.config, 9)
+    whole = model.logits(ids)
+    cache = model.new_cache(9)
+    rows = [model.forward(ids[:4], cache)] + [model.forward([token], cache) for token in ids[4:]]
+    assert cache.length == 9
+    assert difference(np.array(rows), whole[3:]) < 1e-6
+
+
+def test_chunked_prefill_is_the_same_as_whole():
+    """Also across the tiles that a long prompt is cut into, and the spans of attention."""
+    model = model_of(config(context=2048), seed=3)
+    ids = ids_of(model.config, 2 * TILE + 90)
+    whole = model.forward(ids, model.new_cache(1000))
+    for cuts in ([TILE], [1, 2], [300, 301, 302], [len(ids) - 1]):
+        cache = model.new_cache(1000)
+        for part in np.split(ids, cuts):
+            scores = model.forward(part, cache)
+        assert difference(scores, whole) < 1e-6
+
+
+def test_threads_do_not_change_a_bit():
+    model = model_of(config(hidden=512, ffn=1536, heads=8, kv_heads=4, vocab=3000))
+    ids = ids_of(model.config, 300)
+    results = []
+    for threads in (1, 2, 3):
+        model.threads = threads
+        cache = model.new_cache(310)
+        results.append([model.forward(ids, cache), model.forward([5], cache)])
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_calls_from_several_threads_take_turns():
+    model = model_of(config())
+    ids = ids_of(model.config, 30)
+    expected = model.forward(ids, model.new_cache(30))
+    results = [None] * 8
+
+    def work(i):
+        for _ in range(20):
+            results[i] = model.forward(ids, model.new_cache(30))
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for result in results:
+        np.testing.assert_array_equal(result, expected)
+
+
+def test_truncate_forgets():
+    model = model_of(config())
+    cache = model.new_cache(20)
+    first = model.forward([1, 2, 3], cache)
+    model.forward([4, 5, 6], cache)
+    cache.truncate(2)
+    np.testing.assert_allclose(model.forward([3], cache), first, rtol=0, atol=1e-5 * np.ptp(first))
+    with pytest.raises(InputError, match="cannot keep 9"):
+        cache.truncate(9)
+
+
+def test_half_precision_cache_is_close():
+    model = model_of(config(context=1024))
+    ids = ids_of(model.config, 600)
+    exact = model.forward(ids, model.new_cache(600))
+    half = model.new_cache(600, np.float16)
+    assert half.keys.nbytes == model.new_cache(600).keys.nbytes // 2
+    assert 0 < difference(model.forward(ids, half), exact) < 0.05
+    with pytest.raises(InputError, match="float32 or float16"):
+        model.new_cache(10, np.int8)
+
+
+def test_what_does_not_fit_leaves_the_cache_alone():
+    model = model_of(config())
+    cache = model.new_cache(4)
+    model.forward([1, 2], cache)
+    keys = cache.keys.copy()
+    with pytest.raises(ContextLengthError, match="3 tokens do not fit after 2 in a context of 4"):
+        model.forward([1, 2, 3], cache)
+    for bad in ([], [[1]], [1.5], [-1], [96]):
+        with pytest.raises(InputError):
+            model.forward(bad, cache)
+    with pytest.raises(InputError, match="another model"):
+        model.forward([1], model_of(config(layers=3)).new_cache(4))
+    assert cache.length == 2
+    np.testing.assert_array_equal(cache.keys, keys)
+    with pytest.raises(ContextLengthError, match="1 to 640"):
+        model.new_cache(641)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["embedding", "scale", "norm"])
+def test_nan_and_inf_are_reported(value, where):
+    model = model_of(config())
+    weights = model.weights
+    if where == "embedding":
+        weights.embedding[7, 3] = value
+        expected = r"layer 0, input norm"
+    elif where == "scale":
+        layer = weights.layers[1]
+        layer = layer._replace(down_proj=TernaryMatrix(layer.down_proj.packed, np.float32(value)))
+        weights = weights._replace(layers=(weights.layers[0], layer))
+        expected = "last norm"
+    else:
+        weights.layers[1].attn_sub_norm[0] = value
+        expected = r"layer 1"
+    model = BitNet(model.config, weights)
+    cache = model.new_cache(8)
+    with pytest.raises(BitNetError, match=f"NaN or Inf .*{expected}"):
+        model.forward([1, 2, 7], cache)
+    assert cache.length == 0
