@@ -5,6 +5,7 @@ prepares its tables and buffers, checks what comes in, and feeds it prompts tile
 """
 
 import threading
+from itertools import pairwise
 
 import ml_dtypes
 import numpy as np
@@ -12,15 +13,31 @@ import numpy as np
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
 from bitnet_edu.kernels.attention import SPAN
 from bitnet_edu.kernels.simd import MAX_COLUMNS, kernel_index, kernel_name
-from bitnet_edu.kernels.step import STAGE_NAMES, STAGES, Cache, Shape, Table, Work, step
+from bitnet_edu.kernels.step import (
+    DOWN,
+    GATE_UP,
+    INPUT,
+    MIDDLE,
+    OUTPUT,
+    QKV,
+    STAGE_NAMES,
+    STAGES,
+    Cache,
+    Shape,
+    Table,
+    Work,
+    step,
+)
 from bitnet_edu.kernels.threads import default_threads, run
 from bitnet_edu.layers import rope_frequencies
+from bitnet_edu.reference import Observer
 from bitnet_edu.weights import BitNetConfig, Weights
 
 TILE = 256  # prompt tokens that go through the layers together
 WORTH_A_THREAD = (
     2**21
 )  # bytes of weights times tokens below which waking a thread costs more than it brings
+PRODUCTS = {QKV: (0, 3), OUTPUT: (3, 4), GATE_UP: (4, 6), DOWN: (6, 7)}  # a layer's matrices
 
 
 class KVCache:
@@ -101,11 +118,15 @@ class BitNet:
         """An empty KV cache for up to `max_len` tokens (default: the model's whole context)."""
         return KVCache(self.config, max_len or self.config.max_position_embeddings, dtype)
 
-    def logits(self, ids: np.ndarray) -> np.ndarray:
-        """Scores after every prefix of the sequence: int[T] -> float32[T, vocab]."""
+    def logits(self, ids: np.ndarray, observe: Observer | None = None) -> np.ndarray:
+        """Scores after every prefix of the sequence: int[T] -> float32[T, vocab].
+
+        `observe(name, array)`, where given, is shown what lies between the stages, under the names
+        of `BitNetReference.logits`, tile by tile; the arrays are overwritten afterwards.
+        """
         ids = self._checked(ids)
         hidden = np.empty((len(ids), self.config.hidden_size), np.float32)
-        self._body(ids, self.new_cache(len(ids)), hidden)
+        self._body(ids, self.new_cache(len(ids)), hidden, observe)
         scores = np.empty((len(ids), self.config.vocab_size), np.float32)
         for first in range(
             0, len(self._head), 8192
@@ -134,7 +155,11 @@ class BitNet:
         return ids
 
     def _body(
-        self, ids: np.ndarray, cache: KVCache, hidden: np.ndarray | None = None
+        self,
+        ids: np.ndarray,
+        cache: KVCache,
+        hidden: np.ndarray | None = None,
+        observe: Observer | None = None,
     ) -> np.ndarray:
         """All layers, tile by tile; the cache grows by T.
 
@@ -151,22 +176,33 @@ class BitNet:
             for first in range(0, len(ids), TILE):
                 tile = ids[first : first + TILE]
                 want_logits = hidden is None and first + len(tile) == len(ids)
-                work = self._run(tile, cache, cache.length + first, want_logits)
+                work = self._run(tile, cache, cache.length + first, want_logits, observe)
                 if hidden is not None:
                     hidden[first : first + len(tile)] = work.normed[: len(tile), : hidden.shape[1]]
             cache.length += len(ids)
             return hidden if hidden is not None else work.logits.copy()
 
-    def _run(self, ids: np.ndarray, cache: KVCache, start: int, want_logits: bool) -> Work:
+    def _run(
+        self,
+        ids: np.ndarray,
+        cache: KVCache,
+        start: int,
+        want_logits: bool,
+        observe: Observer | None = None,
+    ) -> Work:
         if self._work is None or len(self._work.scores) < self.threads:
             self._work = self._make_work()
         work, tokens = self._work, len(ids)
         work.x[:tokens] = self.weights.embedding[ids]
         work.fault[0] = 0
-        args = self._shape, self._table, cache._arrays, work, start, tokens, want_logits
-        args += (kernel_index(self.kernel),)
+        args = self._shape, self._table, cache._arrays, work, start, tokens
+        kernel = kernel_index(self.kernel)
         worth = 1 + tokens * self._bytes // WORTH_A_THREAD
-        run(step, args, min(self.threads, worth))
+        stages = STAGES * self._shape.layers + 1 + want_logits
+        for begin, end in pairwise(range(stages + 1) if observe else (0, stages)):
+            run(step, (*args, begin, end, kernel), min(self.threads, worth))
+            if observe:
+                self._show(begin, work, tokens, observe)
         if work.fault[0]:
             layer, stage = divmod(int(work.fault[0]) - 1, STAGES)
             where = (
@@ -177,6 +213,29 @@ class BitNet:
                 "in the wrong format; `bitnet-edu verify` compares them with transformers"
             )
         return work
+
+    def _show(self, stage: int, work: Work, tokens: int, observe: Observer) -> None:
+        """What a stage has just made, under the reference's names."""
+        layer, kind = divmod(stage, STAGES)
+        hidden, table = self._shape.hidden, self._table
+        if kind == INPUT:
+            name = f"layers.{layer - 1}.after_feed_forward" if layer else "embedding"
+            observe(name, work.x[:tokens])
+        if kind == MIDDLE:
+            observe(f"layers.{layer}.after_attention", work.x[:tokens])
+        if layer == self._shape.layers:
+            if kind == INPUT:
+                observe("norm", work.normed[:tokens, :hidden])
+            return
+        # a norm makes the input of the next product, a product the sums of its matrices
+        for m in range(*PRODUCTS.get(kind, PRODUCTS.get(kind + 1, (0, 0)))):
+            name = f"layers.{layer}.{list(self.config.matrix_shapes)[m]}"
+            if kind in PRODUCTS:
+                first, rows = table.offsets[m], 4 * table.rows[m]
+                observe(f"{name}.sums", work.sums[:tokens, first : first + rows])
+            else:
+                observe(f"{name}.input", work.normed[:tokens, : table.columns[m]])
+                observe(f"{name}.int8", work.q[:tokens, : table.columns[m]])
 
     def _make_table(self) -> Table:
         layers = self.weights.layers

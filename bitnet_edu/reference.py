@@ -17,7 +17,11 @@ Observer = Callable[[str, np.ndarray], None]
 
 
 class BitNetReference:
-    """The NumPy model. `observe(name, array)`, where given, is shown every intermediate array."""
+    """The NumPy model. `observe(name, array)`, where given, is shown every intermediate array.
+
+    It sees each array before the next step uses it, and may change it: so `verify` replays
+    another program's roundings.
+    """
 
     def __init__(self, config: BitNetConfig, weights: Weights):
         self.config = config
@@ -65,9 +69,12 @@ class BitNetReference:
 
 
 def bit_linear_packed(x: np.ndarray, matrix: TernaryMatrix, name: str, see: Observer) -> np.ndarray:
-    """`layers.bit_linear` on packed weights, showing its int8 input and its int32 sums to `see`."""
+    """`layers.bit_linear` on packed weights, showing input, codes and integer sums to `see`."""
+    codes = unpack_hf(matrix.packed)
     q, x_scale = absmax_int8(x)
-    sums = integer_matmul(q, unpack_hf(matrix.packed))
+    see(f"{name}.input", x)
+    see(f"{name}.codes", codes)
     see(f"{name}.int8", q)
+    sums = integer_matmul(q, codes)
     see(f"{name}.sums", sums)
     return sums.astype(np.float32) * (x_scale * np.float32(matrix.scale))

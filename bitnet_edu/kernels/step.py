@@ -89,16 +89,17 @@ class Cache(NamedTuple):
 
 
 @cached_jit
-def step(shape, table, cache, work, start, tokens, want_logits, kernel, thread, counters):
-    """Run work.x[:tokens], at positions start.., through all layers; logits of the last if wanted.
+def step(shape, table, cache, work, start, tokens, begin, end, kernel, thread, counters):
+    """Run work.x[:tokens], at positions start.., through the stages from `begin` to before `end`.
 
-    Afterwards work.normed holds the tokens after the last norm. Called by several threads at once
-    with the same arguments but for `thread`.
+    Stage STAGES * layers is the last norm, which leaves the tokens in work.normed; the one after
+    it makes the last token's logits. Called by several threads at once with the same arguments but
+    for `thread`.
     """
     spans = ceil_div(start + 1, SPAN) if tokens == 1 else 1
     done = 0
     chunk = take(counters)
-    for stage in range(STAGES * shape.layers + 1 + want_logits):
+    for stage in range(begin, end):
         layer, kind = stage // STAGES, stage % STAGES
         first, last = stage_matrices(kind) if layer < shape.layers else (0, 0)
         if last:
