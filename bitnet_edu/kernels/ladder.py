@@ -262,5 +262,5 @@ RUNGS = (
     Rung("two bits", packed_two_bits, pack_hf, lambda c: _count_per_weight(c, 4, 6, 2)),
     Rung("bit-planes", bit_planes, pack_bit_planes, lambda c: _count_per_weight(c, 4, 6, 2)),
     Rung("lookup table", lookup_table, pack_pairs, _count_lookup_table),
-    Rung("base three", base_three, pack_base3_columns, _count_base_three),
+    Rung("base 3", base_three, pack_base3_columns, _count_base_three),
 )
