@@ -22,7 +22,7 @@ from numba import njit
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as HFTokenizer
 
-from bitnet_edu.checkpoint import parse_config
+from bitnet_edu.checkpoint import fault, parse_config
 from bitnet_edu.errors import CheckpointError
 from bitnet_edu.kernels.matmul import count_invalid
 from bitnet_edu.packing import pack_i2s, unpack_hf
@@ -111,16 +111,14 @@ def read_gguf(path: Path, block: int | None = None) -> tuple[BitNetConfig, Weigh
     config = _read_config(metadata, path)
     block = block or metadata.get(BLOCK_KEY, 128)
     if block not in (64, 128):
-        raise CheckpointError(
-            f"{path}: an I2_S block has 128 (x86) or 64 (Arm) weights: not {block}"
-        )
+        raise fault(path, "a block of I2_S", "128 (x86) or 64 (Arm) weights", repr(block))
     tensors = _Tensors(path, infos, block)
     vocabulary = (config.vocab_size, config.hidden_size)
     embedding = tensors.floats("token_embd", vocabulary)
     layers = tuple(_read_layer(tensors, config, i) for i in range(config.num_hidden_layers))
     norm = tensors.norm("output_norm", config.hidden_size)
     if infos:
-        raise CheckpointError(f"{path}: {min(infos)} is not a tensor of a 2B4T-style BitNet")
+        raise fault(path, min(infos), "absent, as no BitNet of this shape has it", "it")
     tokenizer = _read_tokenizer(metadata, config, path)
     return config, Weights(embedding, layers, norm, embedding), tokenizer
 
@@ -145,14 +143,10 @@ class _Tensors:
 
     def take(self, name: str, shape: tuple[int, ...], types: Iterable[int]) -> TensorInfo:
         info = self.infos.pop(f"{name}.weight", None)
-        if info is None:
-            raise CheckpointError(f"{self.path}: tensor {name}.weight is missing")
-        if info.shape != shape or info.type not in types:
-            raise CheckpointError(
-                f"{self.path}: {name}.weight must have shape {list(shape)} and type "
-                f"{' or '.join(TYPE_NAMES[t] for t in types)}, found {list(info.shape)} and "
-                f"{TYPE_NAMES[info.type]}"
-            )
+        if info is None or info.shape != shape or info.type not in types:
+            expected = f"{' or '.join(TYPE_NAMES[t] for t in types)} of shape {list(shape)}"
+            found = f"{TYPE_NAMES[info.type]} of shape {list(info.shape)}" if info else "nothing"
+            raise fault(self.path, f"{name}.weight", expected, found)
         return info
 
     def map(self, info: TensorInfo) -> np.ndarray:
@@ -166,22 +160,22 @@ class _Tensors:
     def norm(self, name: str, size: int) -> np.ndarray:
         weight = self.floats(name, (size,)).astype(np.float32)
         if not np.isfinite(weight).all():
-            raise CheckpointError(f"{self.path}: {name}.weight holds NaN or Inf")
+            raise fault(self.path, f"{name}.weight", "finite", "NaN or Inf")
         return weight
 
     def matrix(self, name: str, shape: tuple[int, int]) -> TernaryMatrix:
         """Repack bitnet.cpp's layout into ours; check the scale and every code."""
-        columns = shape[1]
-        where = f"{self.path}: {name}.weight"
-        if columns % self.block:
-            raise CheckpointError(f"{where}: {columns} columns are not blocks of {self.block}")
+        if shape[1] % self.block:
+            expected = f"a multiple of the block of {self.block} weights"
+            raise fault(self.path, f"the width of {name}.weight", expected, str(shape[1]))
         data = self.map(self.take(name, shape, (I2_S,)))
         scale = data[-SCALE_BYTES : 4 - SCALE_BYTES].view(np.float32)[0]
         if not (np.isfinite(scale) and scale > 0):
-            raise CheckpointError(f"{where}: the scale must be positive, found {scale}")
+            raise fault(self.path, f"the scale of {name}.weight", "positive", str(scale))
         packed = repack_i2s(data[:-SCALE_BYTES], shape, self.block)
         if invalid := count_invalid(packed):
-            raise CheckpointError(f"{where}: {invalid} byte(s) hold the bit pair 11")
+            found = f"the bit pair 11 in {invalid} byte(s)"
+            raise fault(self.path, f"{name}.weight", "codes of -1, 0 and +1", found)
         return TernaryMatrix(packed, np.float32(scale))
 
 
@@ -286,13 +280,11 @@ def _nbytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
 
 def _read_config(metadata: dict[str, Any], path: Path) -> BitNetConfig:
     if (found := metadata.get("general.architecture")) != ARCHITECTURE:
-        raise CheckpointError(
-            f"{path}: general.architecture must be {ARCHITECTURE}, found {found!r}"
-        )
+        raise fault(path, "general.architecture", repr(ARCHITECTURE), repr(found))
     raw: dict[str, Any] = {"model_type": "bitnet"}
     for field, key in METADATA.items():
         if (key := f"{ARCHITECTURE}.{key}") not in metadata:
-            raise CheckpointError(f"{path}: the key {key} is missing")
+            raise fault(path, key, "there", "nothing")
         raw[field] = metadata[key]
         if isinstance(raw[field], float):
             raw[field] = float(str(np.float32(raw[field])))  # 1e-5, not 9.99999974e-06
@@ -336,10 +328,8 @@ def _read_tokenizer(metadata: dict[str, Any], config: BitNetConfig, path: Path) 
         return None
     model, cut = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if HF_TOKENIZER_KEY not in metadata and (model != "gpt2" or cut not in (None, "llama-bpe")):
-        raise CheckpointError(
-            f"{path}: tokenizer {model!r} with pre-tokenizer {cut!r} is not Llama 3's: "
-            "only 'gpt2' with 'llama-bpe' can be rebuilt from a GGUF file"
-        )
+        found = f"{model!r} cutting text like {cut!r}"
+        raise fault(path, "the tokenizer", "Llama 3's ('gpt2' cutting like 'llama-bpe')", found)
     tokens = metadata["tokenizer.ggml.tokens"]
 
     def text(key: str) -> str:
