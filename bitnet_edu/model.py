@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
-from bitnet_edu.kernels.attention import SPAN
+from bitnet_edu.kernels.attention import PAD, SPAN, TILE
 from bitnet_edu.kernels.simd import MAX_COLUMNS, kernel_index, kernel_name
 from bitnet_edu.kernels.step import (
     DOWN,
@@ -33,11 +33,13 @@ from bitnet_edu.layers import rope_frequencies
 from bitnet_edu.reference import Observer
 from bitnet_edu.weights import BitNetConfig, Weights
 
-TILE = 256  # prompt tokens that go through the layers together
-WORTH_A_THREAD = (
-    2**21
-)  # bytes of weights times tokens below which waking a thread costs more than it brings
+BATCH = 256  # prompt tokens that go through the layers together
+WORTH_A_THREAD = 2**21  # bytes of weights times tokens: for less, waking another is not worth it
 PRODUCTS = {QKV: (0, 3), OUTPUT: (3, 4), GATE_UP: (4, 6), DOWN: (6, 7)}  # a layer's matrices
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 class KVCache:
@@ -56,17 +58,17 @@ class KVCache:
         if dtype not in (np.float32, np.float16):
             raise InputError(f"a KV cache is float32 or float16, not {dtype}")
         self.config = config
-        shape = config.num_hidden_layers, config.num_key_value_heads, max_len, config.head_dim
-        self.keys = np.zeros(shape, dtype)
-        self.values = np.zeros(shape, dtype)
+        rows, numbers = _round_up(max_len, TILE), _round_up(config.head_dim, PAD)
+        shape = config.num_hidden_layers, config.num_key_value_heads, rows, numbers
+        keys, values = np.zeros(shape, dtype), np.zeros(shape, dtype)
+        self.keys = keys[:, :, :max_len, : config.head_dim]
+        self.values = values[:, :, :max_len, : config.head_dim]
         self.max_len = max_len
         self.length = 0
         positions = np.arange(max_len, dtype=np.float32)[:, None]
         angles = positions * rope_frequencies(config.head_dim, config.rope_theta)
         bits = np.uint16 if dtype == np.float16 else dtype  # compiled code has no float16
-        self._arrays = Cache(
-            self.keys.view(bits), self.values.view(bits), np.cos(angles), np.sin(angles)
-        )
+        self._arrays = Cache(keys.view(bits), values.view(bits), np.cos(angles), np.sin(angles))
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` tokens."""
@@ -96,6 +98,7 @@ class BitNet:
             config.num_key_value_heads,
             config.vocab_size,
             np.float32(config.rms_norm_eps),
+            np.float32(config.head_dim**-0.5),
         )
         if max(config.hidden_size, config.intermediate_size) > MAX_COLUMNS:
             raise InputError(
@@ -173,8 +176,8 @@ class BitNet:
                     f"{len(ids)} tokens do not fit after {cache.length} in a context of "
                     f"{cache.max_len}: shorten the prompt or start a new conversation"
                 )
-            for first in range(0, len(ids), TILE):
-                tile = ids[first : first + TILE]
+            for first in range(0, len(ids), BATCH):
+                tile = ids[first : first + BATCH]
                 want_logits = hidden is None and first + len(tile) == len(ids)
                 work = self._run(tile, cache, cache.length + first, want_logits, observe)
                 if hidden is not None:
@@ -260,16 +263,19 @@ class BitNet:
         wide = max(c.hidden_size, c.intermediate_size)
         heads = c.num_attention_heads
         kv = c.num_key_value_heads * c.head_dim
-        slots = max(TILE, -(-c.max_position_embeddings // SPAN))
+        slots, numbers = (
+            max(BATCH, -(-c.max_position_embeddings // SPAN)),
+            _round_up(c.head_dim, PAD),
+        )
         return Work(
-            x=np.empty((TILE, c.hidden_size), np.float32),
-            normed=np.empty((TILE, wide), np.float32),
-            q=np.empty((TILE, wide), np.int8),
-            q_scale=np.empty(TILE, np.float32),
-            q_sum=np.empty(TILE, np.int32),
-            sums=np.empty((TILE, max(c.hidden_size + 2 * kv, 2 * c.intermediate_size)), np.int32),
-            queries=np.empty((TILE, heads, c.head_dim), np.float32),
-            mixed=np.empty((slots, heads, c.head_dim), np.float32),
+            x=np.empty((BATCH, c.hidden_size), np.float32),
+            normed=np.empty((BATCH, wide), np.float32),
+            q=np.empty((BATCH, wide), np.int8),
+            q_scale=np.empty(BATCH, np.float32),
+            q_sum=np.empty(BATCH, np.int32),
+            sums=np.empty((BATCH, max(c.hidden_size + 2 * kv, 2 * c.intermediate_size)), np.int32),
+            queries=np.zeros((BATCH, heads, numbers), np.float32),
+            mixed=np.empty((slots, heads, numbers), np.float32),
             largest=np.empty((slots, heads), np.float32),
             total=np.empty((slots, heads), np.float32),
             scores=np.empty((self.threads, heads // c.num_key_value_heads, SPAN), np.float32),

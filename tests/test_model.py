@@ -8,7 +8,7 @@ import pytest
 
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
 from bitnet_edu.kernels.simd import supported_kernels
-from bitnet_edu.model import TILE, BitNet
+from bitnet_edu.model import BATCH, BitNet
 from bitnet_edu.reference import BitNetReference
 from bitnet_edu.weights import BitNetConfig, TernaryMatrix, random_weights
 
@@ -89,9 +89,9 @@ def test_cache_prefill_and_decode_give_the_same_rows(kernel):
 def test_chunked_prefill_is_the_same_as_whole():
     """Also across the tiles that a long prompt is cut into, and the spans of attention."""
     model = model_of(config(context=2048), seed=3)
-    ids = ids_of(model.config, 2 * TILE + 90)
+    ids = ids_of(model.config, 2 * BATCH + 90)
     whole = model.forward(ids, model.new_cache(1000))
-    for cuts in ([TILE], [1, 2], [300, 301, 302], [len(ids) - 1]):
+    for cuts in ([BATCH], [1, 2], [300, 301, 302], [len(ids) - 1]):
         cache = model.new_cache(1000)
         for part in np.split(ids, cuts):
             scores = model.forward(part, cache)

@@ -10,7 +10,7 @@ OPTIONS = {"nogil": True, "error_model": "numpy"}
 inner = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 jit = njit(**inner)
 # Sums in any order, so that they vectorize. NaN and Inf stay what they are.
-sum_jit = njit(**inner, fastmath={"reassoc"})
+sum_jit = njit(**inner, fastmath={"reassoc", "nsz"})
 cached_jit = njit(**OPTIONS, cache=True)
 
 
@@ -37,18 +37,6 @@ def as_float(typingctx, bits):
         return builder.bitcast(builder.trunc(args[0], ir.IntType(32)), ir.FloatType())
 
     return types.float32(types.int64), codegen
-
-
-@intrinsic
-def widen(typingctx, number):
-    """float32 as it is; uint16, the bits of a float16, as float32."""
-
-    def codegen(context, builder, signature, args):
-        if signature.args[0] == types.float32:
-            return args[0]
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(number), codegen
 
 
 @intrinsic

@@ -59,7 +59,8 @@ def count_invalid(packed: np.ndarray) -> int:
 
 @cached_jit
 def _count_invalid(address, size):
-    count = 0
-    for byte in carray(pointer(address, np.uint8), size):
+    packed, count = carray(pointer(address, np.uint8), size), 0
+    for i in range(size):
+        byte = packed[i]
         count += (byte & byte >> 1 & 0x55) != 0
     return count

@@ -154,7 +154,7 @@ def _dot_tile(name: str, tokens: int):
 
         four = _vector(INT32, 4)
         for token in range(tokens):
-            total = _sum_lanes(builder, [builder.load(a) for a in accumulators[token]])
+            total = sum_lanes(builder, [builder.load(a) for a in accumulators[token]])
             total = builder.ashr(total, ir.Constant(four, [0, 2, 4, 6]))
             x_sum = load(builder.add(x_sums, INT64(4 * token)), INT32)
             for k in range(4):
@@ -171,31 +171,31 @@ def _dot_tile(name: str, tokens: int):
     return intrinsic(typer)
 
 
-def _sum_lanes(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
-    """Four vectors -> <4 x i32> of their sums, by adding neighbours until four lanes are left."""
+def sum_lanes(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+    """N vectors -> one vector with their N sums, by adding neighbours until N lanes are left."""
+    element, n = vectors[0].type.element, len(vectors)
+    add = builder.fadd if isinstance(element, ir.FloatType) else builder.add
 
     def add_neighbours(a: ir.Value, b: ir.Value, lanes: int) -> ir.Value:
-        even, odd = (
-            builder.shuffle_vector(
-                a, b, ir.Constant(_vector(INT32, lanes), list(range(s, 2 * lanes, 2)))
-            )
-            for s in (0, 1)
-        )
-        return builder.add(even, odd)
+        choices = (list(range(start, 2 * lanes, 2)) for start in (0, 1))
+        masks = (ir.Constant(_vector(INT32, lanes), choice) for choice in choices)
+        return add(*(builder.shuffle_vector(a, b, mask) for mask in masks))
 
-    a, b, c, d = vectors
-    lanes = a.type.count
-    result = add_neighbours(add_neighbours(a, b, lanes), add_neighbours(c, d, lanes), lanes)
-    while lanes > 4:
+    lanes = vectors[0].type.count
+    while len(vectors) > 1:
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [add_neighbours(a, b, lanes) for a, b in pairs]
+    while lanes > n:
         lanes //= 2
-        result = add_neighbours(result, result, lanes)
-    return result
+        vectors = [add_neighbours(vectors[0], vectors[0], lanes)]
+    return vectors[0]
 
 
-_vnni_1, _vnni_n = _dot_tile("vnni", 1), _dot_tile("vnni", KERNELS["vnni"].tokens)
-_avx2_1, _avx2_n = _dot_tile("avx2", 1), _dot_tile("avx2", KERNELS["avx2"].tokens)
-_plain_1, _plain_n = _dot_tile("portable", 1), _dot_tile("portable", KERNELS["portable"].tokens)
-_TILES = tuple(kernel.tokens for kernel in KERNELS.values())
+VNNI, AVX2, PORTABLE = range(len(KERNELS))
+_VNNI_TOKENS, _AVX2_TOKENS, _PORTABLE_TOKENS = (kernel.tokens for kernel in KERNELS.values())
+_vnni_one, _vnni_tile = _dot_tile("vnni", 1), _dot_tile("vnni", _VNNI_TOKENS)
+_avx2_one, _avx2_tile = _dot_tile("avx2", 1), _dot_tile("avx2", _AVX2_TOKENS)
+_portable_one, _portable_tile = _dot_tile("portable", 1), _dot_tile("portable", _PORTABLE_TOKENS)
 
 
 @jit
@@ -213,33 +213,39 @@ def ternary_rows(kernel, weights, rows, columns, first, last, x, x_sums, tokens,
     row of x, out: int32[>= tokens, >= 4 * rows], kernel: an index into `KERNELS`.
     """
     steps = columns // STEP
+    tile = _PORTABLE_TOKENS
+    if kernel == VNNI:
+        tile = _VNNI_TOKENS
+    elif kernel == AVX2:
+        tile = _AVX2_TOKENS
     token = 0
     while token < tokens:
-        tile = _TILES[kernel] if tokens - token >= _TILES[kernel] else 1
-        x_at = np.int64(x[token:].ctypes.data)
-        sums_at = np.int64(x_sums[token:].ctypes.data)
+        if tokens - token < tile:
+            tile = 1
+        x_at, sums_at = np.int64(x[token:].ctypes.data), np.int64(x_sums[token:].ctypes.data)
         for r in range(first, last):
             row = weights + r * columns
-            a = (row, x_at, x.strides[0], steps, sums_at)
-            b = (np.int64(out[token, r:].ctypes.data), out.strides[0] // 4, rows)
-            if kernel == 0:
+            out_at = np.int64(out[token, r:].ctypes.data)
+            args = row, x_at, x.strides[0], steps, sums_at, out_at, out.strides[0] // 4, rows
+            if kernel == VNNI:
                 if tile > 1:
-                    _vnni_n(*a, *b)
+                    _vnni_tile(*args)
                 else:
-                    _vnni_1(*a, *b)
-            elif kernel == 1:
+                    _vnni_one(*args)
+            elif kernel == AVX2:
                 if tile > 1:
-                    _avx2_n(*a, *b)
+                    _avx2_tile(*args)
                 else:
-                    _avx2_1(*a, *b)
-            elif tile > 1:
-                _plain_n(*a, *b)
-            else:
-                _plain_1(*a, *b)
+                    _avx2_one(*args)
+            elif kernel == PORTABLE:
+                if tile > 1:
+                    _portable_tile(*args)
+                else:
+                    _portable_one(*args)
             tail = carray(pointer(row, np.uint8), columns)
             for c in range(STEP * steps, columns):  # the last columns, fewer than 64
-                byte = tail[c]
+                byte = np.int32(tail[c])
                 for t in range(token, token + tile):
                     for k in range(4):
-                        out[t, r + k * rows] += (np.int32(byte) >> 2 * k & 3) * x[t, c]
+                        out[t, r + k * rows] += (byte >> 2 * k & 3) * x[t, c]
         token += tile

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import carray
 
-from bitnet_edu.kernels.attention import SPAN, attend, dot, join, rotate_and_store
+from bitnet_edu.kernels.attention import SPAN, attend, join, rotate_and_store
 from bitnet_edu.kernels.bits import as_float, cached_jit, ceil_div, jit, pointer, sum_jit
 from bitnet_edu.kernels.simd import chunk_rows, ternary_rows
 from bitnet_edu.kernels.threads import finish, take, wait_for
@@ -43,6 +43,7 @@ class Shape(NamedTuple):
     kv_heads: int
     vocab: int
     eps: np.float32
+    score_scale: np.float32  # head_dim ** -0.5
 
 
 class Table(NamedTuple):
@@ -70,8 +71,8 @@ class Work(NamedTuple):
     q_scale: np.ndarray  # float32[T]
     q_sum: np.ndarray  # int32[T]
     sums: np.ndarray  # int32[T, most outputs of a stage]
-    queries: np.ndarray  # float32[T, heads, head_dim]
-    mixed: np.ndarray  # float32[T * spans, heads, head_dim], what attention found
+    queries: np.ndarray  # float32[T, heads, padded head_dim]
+    mixed: np.ndarray  # float32[T * spans, heads, padded head_dim], what attention found
     largest: np.ndarray  # float32[T * spans, heads], its largest score
     total: np.ndarray  # float32[T * spans, heads], its sum of exp(score - largest)
     scores: np.ndarray  # float32[threads, heads / kv_heads, SPAN]
@@ -82,7 +83,7 @@ class Work(NamedTuple):
 class Cache(NamedTuple):
     """Keys and values, float32 or uint16 that holds float16, and the rotations of each position."""
 
-    keys: np.ndarray  # [layers, kv_heads, max_len, head_dim]
+    keys: np.ndarray  # [layers, kv_heads, padded max_len, padded head_dim]
     values: np.ndarray
     cos: np.ndarray  # float32[max_len, head_dim / 2]
     sin: np.ndarray
@@ -165,11 +166,18 @@ def attention_chunk(shape, cache, work, layer, chunk, start, spans, thread):
     kv_head, span = rest // spans, rest % spans
     heads, slot = slice(kv_head * group, (kv_head + 1) * group), token * spans + span
     first = span * SPAN
-    last = start + token + 1 if span == spans - 1 else first + SPAN
-    keys, values = cache.keys[layer, kv_head, first:last], cache.values[layer, kv_head, first:last]
-    largest, total = work.largest[slot, heads], work.total[slot, heads]
-    mixed, scores = work.mixed[slot, heads], work.scores[thread]
-    attend(work.queries[token, heads], keys, values, scores, mixed, largest, total)
+    positions = start + token + 1 - first if span == spans - 1 else SPAN
+    attend(
+        work.queries[token, heads],
+        cache.keys[layer, kv_head, first:],
+        cache.values[layer, kv_head, first:],
+        positions,
+        shape.score_scale,
+        work.scores[thread],
+        work.mixed[slot, heads],
+        work.largest[slot, heads],
+        work.total[slot, heads],
+    )
 
 
 @jit
@@ -248,17 +256,17 @@ def norm_and_quantize(x, weight, eps, work, token, stage):
 @sum_jit
 def mean_square(x):
     total = np.float32(0)
-    for v in x:
-        total += v * v
+    for i in range(len(x)):
+        total += x[i] * x[i]
     return total / np.float32(len(x))
 
 
 @jit
 def largest_magnitude(x):
     """max |x|, NaN or Inf where x holds any: without their signs, floats order like their bits."""
-    largest = np.int32(0)
-    for bits in x.view(np.int32):
-        largest = max(largest, bits & np.int32(0x7FFFFFFF))
+    bits, largest = x.view(np.int32), np.int32(0)
+    for i in range(len(bits)):
+        largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
     return as_float(largest)
 
 
@@ -290,6 +298,14 @@ def head_chunk(shape, table, work, chunk, token):
             work.logits[r] = dot_bfloat16(x, carray(pointer(row, np.uint16), shape.hidden))
         else:
             work.logits[r] = dot(x, carray(pointer(row, np.float32), shape.hidden))
+
+
+@sum_jit
+def dot(x, row):
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += x[i] * row[i]
+    return total
 
 
 @sum_jit
