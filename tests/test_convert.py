@@ -1,0 +1,288 @@
+"""Each format from each, exact in codes and scales, loaded by transformers, all or nothing."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from checkpoints import Recipe, make, save, write
+from gguf_files import write_real
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bitnet_edu import BitNetError, CheckpointError, InputError, load
+from bitnet_edu import convert as module
+from bitnet_edu.convert import FORMATS, convert, master_weights, write_folder
+from bitnet_edu.quantize import absmean_ternary
+from bitnet_edu.sources import TINY, find_model, read_model
+from bitnet_edu.verify import verify
+from bitnet_edu.weights import BITNET_2B4T, TernaryMatrix, Weights, random_weights
+
+CHAT = [{"role": "user", "content": "What is a ternary weight?"}]
+WIDE = {"head_dim": 64, "ffn": 256}  # I2_S wants whole blocks of 128
+SOURCES = {
+    "packed": Recipe("packed", "bfloat16", shards=3, **WIDE),
+    "divide": Recipe("divide", "float16", **WIDE),
+    "unpacked": Recipe("unpacked", "float32", shards=3, **WIDE),
+    "online": Recipe("online", "bfloat16", shards=3, **WIDE),
+}
+
+
+@pytest.fixture(scope="module", params=["tiny", "gguf", *SOURCES])
+def source(request, tmp_path_factory) -> str:
+    """A model in one of the forms that others write."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "gguf":
+        return str(write_real(folder / "real.gguf"))
+    return str(write(folder, SOURCES[request.param])) if request.param in SOURCES else "tiny"
+
+
+def read(source: str | Path):
+    return read_model(find_model(str(source)))
+
+
+def path_for(folder: Path, name: str, form: str) -> Path:
+    return folder / (f"{name}.gguf" if form == "gguf-i2s" else name)
+
+
+def assert_equal(weights: Weights, expected: Weights, float16: bool) -> None:
+    """Codes, scales, norms, tying, and the embedding's values (once `float16` in a GGUF file)."""
+    for layer, other in zip(weights.layers, expected.layers, strict=True):
+        for ours, theirs in zip(layer, other, strict=True):
+            if isinstance(ours, TernaryMatrix):
+                np.testing.assert_array_equal(ours.packed, theirs.packed)
+                assert ours.scale == theirs.scale
+            else:
+                np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(weights.norm, expected.norm)
+    embedding = expected.embedding.astype(np.float16) if float16 else expected.embedding
+    np.testing.assert_array_equal(weights.embedding.astype(np.float32), embedding)
+    assert weights.tied == expected.tied
+
+
+@pytest.mark.parametrize("first", FORMATS)
+def test_each_format_from_each_is_exact(tmp_path, source, first):
+    """From any source to `first`, and from there to all three."""
+    config, weights, tokenizer = read(source)
+    middle = path_for(tmp_path, "first", first)
+    if first == "hf-bf16" and "online" in source:
+        with pytest.raises(InputError, match="a bf16 master already"):
+            convert(source, middle, first)
+        return
+    assert convert(source, middle, first) == first
+    for form in FORMATS:
+        if form == first == "hf-bf16":
+            continue
+        final = path_for(tmp_path, form, form)
+        convert(str(middle), final, form)
+        found, new, new_tokenizer = read(final)
+        assert found == config
+        assert_equal(new, weights, "gguf-i2s" in (first, form))
+        assert new_tokenizer.apply_chat_template(CHAT) == tokenizer.apply_chat_template(CHAT)
+        assert new_tokenizer.encode("naïve <|eot_id|>") == tokenizer.encode("naïve <|eot_id|>")
+    assert {path.name for path in tmp_path.iterdir()} >= {middle.name}
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("form", ["hf-packed", "hf-bf16"])
+def test_transformers_runs_what_convert_writes_as_our_engine_does(tmp_path, source, form):
+    folder = tmp_path / "model"
+    if form == "hf-bf16" and "online" in source:  # which is that form: start from another
+        convert(source, tmp_path / "packed")
+        source = str(tmp_path / "packed")
+    convert(source, folder, form)
+    report = verify(str(folder), tokens=4)
+    assert report.ok, report
+    ours = load(str(folder)).tokenizer
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert ours.apply_chat_template(CHAT) == theirs.apply_chat_template(
+        CHAT, add_generation_prompt=True, return_dict=False
+    )
+
+
+def test_transformers_runs_the_file_in_its_stored_dtype(tmp_path, source):
+    """Without our help: it fails where the floats of a file have different dtypes."""
+    convert(source, tmp_path / "model", "hf-packed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+@given(
+    st.integers(1, 12),
+    st.integers(1, 40),
+    st.floats(2**-10, 4, width=32),
+    st.floats(0.05, 0.95),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=200)
+def test_master_weights_ternarize_to_exactly_what_they_stand_for(
+    quarter_rows, columns, scale, share, as_bf16, seed
+):
+    rng = np.random.default_rng(seed)
+    shape = 4 * quarter_rows, 4 * columns
+    codes = (rng.integers(0, 2, shape) * 2 - 1) * (rng.random(shape) < share)
+    codes[0, :2] = 0, 1  # neither all zero nor without a zero
+    scale = np.float32(ml_dtypes.bfloat16(scale)) if as_bf16 else np.float32(scale)
+    weights = master_weights(codes.astype(np.int8), scale)
+    assert weights.dtype == ml_dtypes.bfloat16
+    found, found_scale = absmean_ternary(weights)
+    np.testing.assert_array_equal(found, codes)
+    assert found_scale == scale
+
+
+def test_codes_times_scale_would_not_do():
+    """What one would write first: the codes come back, the scale does not."""
+    codes = np.array([[1, 0, -1, 0]] * 4, np.int8)
+    found, scale = absmean_ternary(codes * np.float32(0.5))
+    np.testing.assert_array_equal(found, codes)
+    assert scale == 0.25
+
+
+def test_a_matrix_without_master_weights_is_named(tmp_path):
+    config, tensors = make(SOURCES["packed"])
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = np.full_like(tensors[name], 0b01010101)  # every code is 0
+    save(tmp_path / "model", config, tensors)
+    with pytest.raises(CheckpointError, match=f"{name} cannot become bf16 master weights"):
+        convert(str(tmp_path / "model"), tmp_path / "master", "hf-bf16")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_untied_head_is_kept_and_refused_by_gguf(tmp_path):
+    source = str(write(tmp_path / "model", Recipe(tied=False, **WIDE)))
+    convert(source, tmp_path / "packed")
+    weights, expected = read(tmp_path / "packed")[1], read(source)[1]
+    np.testing.assert_array_equal(weights.lm_head, expected.lm_head)
+    assert not weights.tied
+    with pytest.raises(CheckpointError, match="ties the head"):
+        convert(source, tmp_path / "a.gguf")
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def test_packed_files_have_the_names_dtypes_and_shapes_of_microsofts(tmp_path):
+    def listing(folder):
+        with safe_open(folder / "model.safetensors", "numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+
+    convert("tiny", tmp_path / "model")
+    assert listing(tmp_path / "model") == listing(TINY)
+
+
+def test_both_i2s_layouts_are_written_and_told_apart(tmp_path):
+    expected = read("tiny")[1]
+    for block in (128, 64):
+        convert("tiny", tmp_path / f"{block}.gguf", i2s_block=block)
+        assert_equal(read(tmp_path / f"{block}.gguf")[1], expected, True)
+    arm = write_real(tmp_path / "arm.gguf", block=64)
+    convert(str(arm), tmp_path / "right", i2s_block=64)
+    convert(str(write_real(tmp_path / "x86.gguf")), tmp_path / "expected")
+    assert_equal(read(tmp_path / "right")[1], read(tmp_path / "expected")[1], False)
+
+
+def test_random_2b4t_is_a_model_of_that_shape(tmp_path, monkeypatch):
+    small = BITNET_2B4T._replace(vocab_size=64, num_hidden_layers=1, hidden_size=1280)
+    small = small._replace(num_attention_heads=10, intermediate_size=256)
+    monkeypatch.setattr(module, "BITNET_2B4T", small)
+    convert("random-2b4t", tmp_path / "model")
+    config, weights, tokenizer = read(tmp_path / "model")
+    assert config == small
+    assert tokenizer is None
+    assert_equal(weights, random_weights(small), False)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+REFUSED = {
+    "format": (("tiny", "a", "int4"), "not a format: choose one of hf-packed, hf-bf16, gguf-i2s"),
+    "folder for gguf": (("tiny", "a", "gguf-i2s"), "a file that ends in .gguf"),
+    "gguf for folder": (("tiny", "a.gguf", "hf-bf16"), "a folder, not a .gguf file"),
+    "block": (("tiny", "a.gguf", None, 32), "128 .x86. or 64 .Arm. weights, not 32"),
+    "exists": (("tiny", "there"), "there exists already"),
+    "no source": (("nothing-here", "a"), "no model at 'nothing-here'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_said_and_nothing_is_written(tmp_path, case):
+    (source, name, *options), message = REFUSED[case]
+    (tmp_path / "there").mkdir()
+    with pytest.raises(BitNetError, match=message):
+        convert(source, tmp_path / name, *options)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert not list((tmp_path / "there").iterdir())
+
+
+def test_no_folder_to_write_into(tmp_path):
+    with pytest.raises(BitNetError, match=r"could not be written \(.*No such file"):
+        convert("tiny", tmp_path / "no" / "where")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def full_disk():
+    """No file may pass 300 kB: the next write fails as on a full disk, with another number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_failing_disk_leaves_nothing_behind(tmp_path, full_disk, form):
+    with pytest.raises(BitNetError, match=r"could not be written .*: nothing was left behind"):
+        convert("tiny", path_for(tmp_path, "model", form), form)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path):
+    def interrupted():
+        with module._all_or_nothing(tmp_path / "model", 0) as temporary:
+            temporary.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_writing(tmp_path, monkeypatch):
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(BitNetError, match=r"needs about 0\.02 GB and the disk has 0\.00 GB left"):
+        convert("tiny", tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+LOAD = """
+import resource, sys
+import bitnet_edu.sources as sources
+from pathlib import Path
+sources.read_model(sources.TINY)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+weights = sources.read_model(Path(sys.argv[1]))[1]
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kilobytes only on Linux")
+def test_master_weights_are_never_all_in_memory(tmp_path):
+    shape = BITNET_2B4T._replace(vocab_size=64, num_hidden_layers=12, hidden_size=512)
+    shape = shape._replace(num_attention_heads=4, num_key_value_heads=4, intermediate_size=2048)
+    write_folder(tmp_path / "model", shape, random_weights(shape), master=True)
+    size = (tmp_path / "model" / "model.safetensors").stat().st_size
+    run = [sys.executable, "-c", LOAD, str(tmp_path / "model")]
+    grown = int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+    # an eighth of the file are the packed codes; the rest is one matrix at work, in float32
+    assert grown < size / 8 + 10 * 512 * 2048 * 4 < size
