@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 from bitnet_edu.errors import DownloadError
@@ -116,9 +116,15 @@ def _is_complete(folder: Path, checksums: dict[str, str]) -> bool:
 
 def _fetch(repo: str, revision: str | None, tqdm_class: type | None) -> Path:
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import tqdm
 
-    wanted = {"revision": revision, "allow_patterns": PATTERNS, "tqdm_class": tqdm_class}
-    missing = [f for f in snapshot_download(repo, dry_run=True, **wanted) if f.will_download]
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options | {"disable": True})
+
+    wanted = {"revision": revision, "allow_patterns": PATTERNS}
+    plan = snapshot_download(repo, dry_run=True, tqdm_class=Silent, **wanted)
+    missing = [file for file in plan if file.will_download]
     cache = Path(constants.HF_HUB_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
     needed, free = sum(f.file_size or 0 for f in missing), shutil.disk_usage(cache).free
@@ -127,7 +133,8 @@ def _fetch(repo: str, revision: str | None, tqdm_class: type | None) -> Path:
     for file in missing:
         if (file.file_size or 0) >= LARGE:
             _fetch_large(repo, file.filename, file.commit_hash, tqdm_class)
-    return Path(snapshot_download(repo, **wanted))
+    # the rest is small, and the large files that it finds in the cache are only linked
+    return Path(snapshot_download(repo, tqdm_class=Silent, **wanted))
 
 
 def _fetch_large(repo: str, filename: str, revision: str, tqdm_class: type | None) -> None:
