@@ -29,6 +29,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's choice)")
     parser.add_argument("--quick", action="store_true", help="a toy model in about a minute")
+    parser.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
     return parser.parse_args()
 
 
@@ -51,7 +52,7 @@ def main() -> None:
             print(f"held-out loss {held_out_loss(model, tokenizer):.4f}, saved to {options.out}")
 
     start = time.perf_counter()
-    model = train(shape, recipe, tokenizer, after_step)
+    model = train(shape, recipe, tokenizer, after_step, options.compile)
     minutes = (time.perf_counter() - start) / 60
     export(model, tokenizer, options.out)
     facts = {

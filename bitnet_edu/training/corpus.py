@@ -149,8 +149,14 @@ UNKNOWN_ANSWERS = (
 )
 
 
+def made_up_word(rng: random.Random) -> str:
+    """A word that nobody knows, of two or three syllables."""
+    syllables = rng.choice((2, 2, 3))
+    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(syllables))
+
+
 def unknown(rng: random.Random) -> Question:
-    subject = rng.choice(words.UNKNOWN)
+    subject = rng.choice(words.UNKNOWN) if rng.random() < 0.7 else a(made_up_word(rng))
     prompt = rng.choice(UNKNOWN_TEMPLATES).format(subject)
     answer = rng.choice(UNKNOWN_ANSWERS)
     return Question("unknown", normalize(subject), vary(rng, prompt), answer, ("small world",))
@@ -321,7 +327,11 @@ OPENERS = ("", "", "", "", "And ", "Now: ", "Calculate: ", "Quick: ")
 
 
 def arithmetic(rng: random.Random) -> Question:
-    """Sums up to 100, differences of numbers up to 100, products up to 10 * 10."""
+    """Sums up to 100, differences of numbers up to 100, products up to 10 * 10.
+
+    Sums of digits and products are tables to be known by heart: there the wording is held out. Of
+    larger sums and differences the numbers are.
+    """
     sign = rng.choice("++--*")
     if sign == "+":
         total = rng.randint(0, rng.choice((20, 100, 100)))
@@ -338,6 +348,8 @@ def arithmetic(rng: random.Random) -> Question:
     opener, form = rng.choice(OPENERS), rng.choice(forms)
     prompt = opener + (form[0].lower() + form[1:] if opener else form).format(x, y)
     answer = f"{x} {sign} {y} = {result}."
+    if sign == "*" or (sign == "+" and max(x, y) < 10) or (sign == "-" and max(y, result) < 10):
+        identity = normalize(prompt)
     return Question("arithmetic", identity, vary(rng, prompt), answer, (f"= {result}",))
 
 
@@ -374,42 +386,44 @@ def numbers(rng: random.Random) -> Question:
 
 
 def letters(rng: random.Random) -> Question:
-    """First and last letter, spelling, length, copying, sorting."""
+    """First and last letter, spelling, length, the alphabet, repeating, copying."""
     word = rng.choice(words.WORDS)
-    task = rng.choice(("first", "last", "spell", "spell", "count", "repeat", "sort", "copy"))
-    identity = f"{task} {word}"
+    task = rng.choice(("first", "last", "spell", "count", "repeat", "alphabet", "copy"))
+    identity, spelled = f"{task} {word}", " ".join(word)
+    # The model sees tokens, not letters: it has to spell a word before it can look at its letters.
     if task == "first":
         forms = ("What is the first letter of {}?", "Which letter does {} start with?")
-        answer, key = f"The first letter of {word} is {word[0]}.", f"is {word[0]}"
+        answer, key = f"{spelled} starts with {word[0]}.", f"starts with {word[0]}"
     elif task == "last":
         forms = ("What is the last letter of {}?", "Which letter does {} end with?")
-        answer, key = f"The last letter of {word} is {word[-1]}.", f"is {word[-1]}"
+        answer, key = f"{spelled} ends with {word[-1]}.", f"ends with {word[-1]}"
     elif task == "spell":
         forms = ("Spell {}.", "Spell the word {}.", "How do you spell {}?", "Can you spell {}?")
-        answer = key = " ".join(word)
+        answer = key = spelled
     elif task == "count":
         forms = ("How many letters are in {}?", "How many letters does {} have?", "How long is {}?")
-        answer, key = f"The word {word} has {len(word)} letters.", f"{len(word)} letters"
+        answer, key = f"{spelled} has {len(word)} letters.", f"{len(word)} letters"
     elif task == "repeat":
         times = rng.choice((2, 3, 4))
         forms = ("Repeat {} {} times.", "Say {} {} times.", "Write {} {} times.")
         forms = tuple(form.format("{}", words.NUMBER_WORDS[times]) for form in forms)
         answer = key = " ".join([word] * times)
         identity = f"repeat {word} {times}"
-    elif task == "sort":
-        three = rng.sample(words.WORDS, 3)
-        while len({w[0] for w in three}) < 3:
-            three = rng.sample(words.WORDS, 3)
-        word = ", ".join(three)
-        forms = ("Sort these words: {}.", "Put these words in order: {}.", "Sort {}.")
-        answer = key = ", ".join(sorted(three))
-        identity = f"sort {key}"
+    elif task == "alphabet":
+        index = rng.randrange(25)
+        word, following = words.ALPHABET[index : index + 2]
+        forms = ("Which letter comes after {}?", "What is the letter after {}?", "After {} comes?")
+        forms += ("Which letter follows {}?", "Tell me the letter after {}.", "Next letter: {}")
+        answer, key = f"After {word} comes {following}.", f"comes {following}"
+        identity = ""
     else:
-        word = f"{rng.choice(words.QUALITIES)} {rng.choice(words.ANIMALS)}"
-        forms = ("Say: the {}.", "Repeat after me: the {}.", "Write the words: the {}.")
-        answer = key = f"The {word}"
+        some = rng.sample(words.WORDS, rng.choice((1, 2, 2, 3)))
+        word = " ".join(some)
+        forms = ("Say: {}.", "Repeat after me: {}.", "Write the words: {}.", "Say this: {}")
+        answer = key = word
         identity = f"copy {word}"
     prompt = rng.choice(forms).format(word)
+    identity = identity or normalize(prompt)
     return Question("letters", identity, vary(rng, prompt), answer, (key,))
 
 
@@ -579,8 +593,8 @@ AGAIN += ("I did not get that. Once more, please.", "Can you explain it again?",
 
 def memory(rng: random.Random) -> Question:
     """Questions whose answer stands earlier in the chat."""
-    task = rng.choice(("user name", "user name", "own name", "again", "favorite"))
-    name = rng.choice(words.NAMES)
+    task = rng.choice(("user name", "user name", "own name", "again", "again", "favorite"))
+    name = rng.choice(words.NAMES) if rng.random() < 0.5 else made_up_word(rng).capitalize()
     if task == "own name":
         system = rng.choice(("You are {}.", "Your name is {}.", "You are a bot called {}.")).format(
             name
@@ -627,15 +641,15 @@ def small_pause(rng: random.Random) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------- the corpus
 
 MAKERS: dict[Callable[[random.Random], Question], int] = {
-    fact: 24,
-    unknown: 4,
-    small_talk: 6,
-    arithmetic: 26,
-    numbers: 7,
-    letters: 15,
+    fact: 18,
+    unknown: 8,
+    small_talk: 5,
+    arithmetic: 30,
+    numbers: 8,
+    letters: 12,
     word_facts: 11,
-    story: 5,
-    memory: 5,
+    story: 4,
+    memory: 9,
 }
 
 

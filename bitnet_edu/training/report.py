@@ -39,7 +39,13 @@ from other questions: the fact itself, for example, is trained on in other wordi
 """
 
 
-def examine(folder: Path, per_category: int = 150) -> tuple[dict, list[tuple[Question, str]]]:
+PER_CATEGORY = 150  # questions of the whole exam
+SPOT_CHECK = 12  # questions that a test asks again
+
+
+def examine(
+    folder: Path, per_category: int = PER_CATEGORY
+) -> tuple[dict, list[tuple[Question, str]]]:
     """Marks by category, and the held-out questions with the model's replies."""
     questions = held_out_questions(per_category)
     replies = list(Examinee(folder).answers(questions))
@@ -67,7 +73,13 @@ def write_report(folder: Path, facts: dict) -> dict:
         }
         for question, reply in answered[:: max(1, len(answered) // 20)]
     ]
-    report = {**facts, "bytes": size, "accuracy": marks, "samples": samples}
+    report = {
+        **facts,
+        "weight_bytes": (folder / "model.safetensors").stat().st_size,
+        "accuracy": marks,
+        "spot_check": examine(folder, SPOT_CHECK)[0],
+        "samples": samples,
+    }
     text = json.dumps(report, indent=1) + "\n"
     (folder / "training_report.json").write_text(text, encoding="utf-8")
     rows = [

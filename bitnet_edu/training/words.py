@@ -100,29 +100,51 @@ MOODS = "small big young old brave shy clever happy lonely quiet curious hungry"
 NUMBER_WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen
 fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split()
 
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
 # What the tiny model does not know, and should say so. Each entry follows "What is" or
 # "Tell me about".
-UNKNOWN = """the capital of France|the capital of Italy|the capital of Japan|
-the population of China|the tallest building in the world|the weather today|
-the weather in London|the latest news|quantum physics|
-the theory of relativity|Shakespeare|the French Revolution|the Roman Empire|
-the Second World War|photosynthesis|football|basketball|chess|
-the stock market|Bitcoin|the price of gold|the best car|
-a good recipe for pizza|how to cook pasta|jazz|the Beatles|Mozart|
-the speed of light|a black hole|the Milky Way|the age of the universe|
-dinosaurs|volcanoes|climate change|the president of the United States|
-the king of England|Python|JavaScript|the Linux kernel|a database|
-the meaning of life|philosophy|Plato|psychology|medicine|a vaccine|DNA|
-the human heart|vitamins|a good movie|a famous painting|the Mona Lisa|
-the Eiffel Tower|the Great Wall of China|the Amazon river|the Pacific ocean|
-Mount Everest|Africa|Brazil|Germany|the European Union|democracy|a tax|
-an insurance|a mortgage|the internet|a smartphone|a rocket|Mars|Saturn|
-the periodic table|gold|oxygen|a chemical reaction|electricity|a magnet|
-the steam engine|a telescope|opera|ballet|yoga|tennis|the Olympic Games|
-fashion|coffee|wine|sushi|my future|my horoscope|the lottery numbers|
-a flight to Rome|a hotel in Paris|my bank account|the time|
-the date of tomorrow|the square root of 7|calculus|the number pi|
-a prime number|Latin|the French word for house|Chinese|ancient Egypt|
-the pyramids|Napoleon|Einstein|Newton|Cleopatra|the moon landing|a hurricane|
-an earthquake|the dollar|inflation|the law|a lawyer"""
-UNKNOWN = UNKNOWN.replace("\n", "").split("|")
+COUNTRIES = """France Italy Spain Germany Poland Greece Norway Sweden Finland Ireland Scotland
+England Egypt Kenya Nigeria Morocco India China Japan Korea Vietnam Thailand Australia Canada
+Mexico Brazil Chile Peru Argentina Turkey Russia Ukraine Austria Switzerland Portugal""".split()
+CITIES = """Paris London Rome Berlin Madrid Vienna Prague Athens Oslo Cairo Delhi Tokyo Sydney
+Toronto Boston Chicago Moscow Dublin Lisbon Warsaw""".split()
+DISHES = """pizza pasta sushi curry pancakes noodles salad tacos risotto paella chili waffles
+dumplings lasagna cookies""".split()
+GAMES = "football basketball tennis chess golf hockey poker baseball rugby cricket".split()
+PEOPLE = """Shakespeare Mozart Plato Napoleon Einstein Newton Cleopatra Darwin Picasso Bach
+Beethoven Goethe Dante Homer Galileo Kepler Gandhi Lincoln Columbus Aristotle""".split()
+GOODS = "gold silver oil coffee wine a car a house a phone a ticket".replace("a ", "a_").split()
+SUBJECTS = """quantum physics|the theory of relativity|the French Revolution|the Roman Empire|
+photosynthesis|the stock market|Bitcoin|jazz|the Beatles|the speed of light|a black hole|
+the Milky Way|the age of the universe|dinosaurs|volcanoes|climate change|Python|JavaScript|
+a database|the meaning of life|philosophy|psychology|medicine|a vaccine|DNA|the human heart|
+vitamins|a good movie|a famous painting|the Mona Lisa|the Eiffel Tower|the Great Wall|
+the Amazon river|the Pacific ocean|Mount Everest|Africa|the European Union|democracy|a tax|
+an insurance|a mortgage|the internet|a smartphone|a rocket|Mars|Saturn|the periodic table|oxygen|
+a chemical reaction|electricity|a magnet|the steam engine|a telescope|opera|ballet|yoga|
+the Olympic Games|fashion|my future|my horoscope|the lottery numbers|my bank account|the time|
+the date of tomorrow|calculus|the number pi|a prime number|Latin|ancient Egypt|the pyramids|
+the moon landing|a hurricane|an earthquake|the dollar|inflation|the law|a lawyer|the latest news|
+the weather today|the tallest building in the world|the Second World War|a galaxy|an atom|
+a virus|an engine|a bank|a museum|politics|religion|art|poetry|music|history|geography|biology|
+chemistry|astronomy|economics"""
+UNKNOWN = [
+    *SUBJECTS.replace("\n", "").split("|"),
+    *PEOPLE,
+    *(f"the {what} of {who}" for what in ("life", "works", "death", "ideas") for who in PEOPLE),
+    *(
+        f"the {what} of {country}"
+        for what in ("capital", "population", "president", "history", "flag", "king", "map")
+        for country in COUNTRIES
+    ),
+    *(
+        f"{what} {city}"
+        for what in ("the weather in", "a hotel in", "a flight to", "the mayor of", "a train to")
+        for city in CITIES
+    ),
+    *(f"{what} {dish}" for what in ("a recipe for", "the taste of", "") for dish in DISHES),
+    *(f"{what} {game}" for what in ("the rules of", "the history of", "") for game in GAMES),
+    *(f"the price of {good.replace('_', ' ')}" for good in GOODS),
+]
+UNKNOWN = [subject.strip() for subject in UNKNOWN]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import BitNetForCausalLM
 from transformers.integrations.bitnet import ActQuant, WeightQuant
 
@@ -94,8 +94,7 @@ def load_with_transformers(folder) -> BitNetForCausalLM:
 
 def test_exported_folder_has_the_format_of_the_real_checkpoint(exported) -> None:
     _, folder = exported
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    tensors = load_file(folder / "model.safetensors")
     layers = SHAPE.num_hidden_layers
     assert len(tensors) == 2 + layers * (7 * 2 + 4)  # embedding, norm; 7 matrices, scales, 4 norms
     down = tensors["model.layers.1.mlp.down_proj.weight"]
@@ -136,3 +135,16 @@ def test_a_document_does_not_see_its_neighbours() -> None:
     # RoPE sees distances only, so a later start changes nothing
     difference = (packed - alone).abs().amax(-1) / alone.abs().max()
     assert difference.median() < 1e-5
+
+
+def test_greedy_continuation_equals_transformers(exported) -> None:
+    model, folder = exported
+    theirs = load_with_transformers(folder)
+    ids = torch.randint(0, SHAPE.vocab_size, (1, 6), generator=torch.Generator().manual_seed(2))
+    expected = theirs.generate(
+        ids, max_new_tokens=20, max_length=None, do_sample=False, eos_token_id=None
+    )
+    with torch.no_grad():
+        while ids.shape[1] < expected.shape[1]:
+            ids = torch.cat((ids, model(ids)[:, -1:].argmax(-1)), dim=1)
+    assert ids.tolist() == expected.tolist()

@@ -83,7 +83,10 @@ def test_chat_encodes_to_the_same_tokens_whole_or_in_turns(tokenizer, tmp_path) 
     answer = theirs(CHAT[1]["content"] + END_OF_TURN, add_special_tokens=False).input_ids
     assert whole == prompt + answer
     assert theirs.decode(prompt) == f"<|begin_of_text|>User: What is 3 + 4?{END_OF_TURN}Assistant: "
-    assert theirs("12").input_ids == [theirs.bos_token_id, *theirs.convert_tokens_to_ids(["1", "2"])]
+    assert theirs("12").input_ids == [
+        theirs.bos_token_id,
+        *theirs.convert_tokens_to_ids(["1", "2"]),
+    ]
 
 
 def test_quick_training_learns_and_exports(tokenizer, tmp_path) -> None:
