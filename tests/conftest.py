@@ -5,6 +5,8 @@ import os
 from hypothesis import settings
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
+# OpenMP threads spin while they wait: on small matrices and a busy machine that is ten times slower
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["NO_COLOR"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
