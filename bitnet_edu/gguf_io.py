@@ -98,7 +98,8 @@ class Header(NamedTuple):
 
 
 def read_gguf(path: Path, block: int | None = None) -> tuple[BitNetConfig, Weights, Tokenizer]:
-    """Read an I2_S file. The embedding stays memory-mapped; the codes are repacked for our kernels.
+    """Read an I2_S file. The codes are repacked for our kernels; a float16 embedding becomes
+    bfloat16 if that changes nothing (Microsoft's was bfloat16 once), else it stays memory-mapped.
 
     block: 128 for files made on x86 (and everywhere before November 2025), 64 for files made on Arm
     since. The format does not record it and every byte is legal in both, so it cannot be detected:
@@ -114,7 +115,7 @@ def read_gguf(path: Path, block: int | None = None) -> tuple[BitNetConfig, Weigh
         raise fault(path, "a block of I2_S", "128 (x86) or 64 (Arm) weights", repr(block))
     tensors = _Tensors(path, infos, block)
     vocabulary = (config.vocab_size, config.hidden_size)
-    embedding = tensors.floats("token_embd", vocabulary)
+    embedding = _as_bfloat16(tensors.floats("token_embd", vocabulary))
     layers = tuple(_read_layer(tensors, config, i) for i in range(config.num_hidden_layers))
     norm = tensors.norm("output_norm", config.hidden_size)
     if infos:
@@ -133,6 +134,19 @@ def _read_layer(tensors: "_Tensors", config: BitNetConfig, index: int) -> LayerW
             size = sizes.get(field, config.hidden_size)
             fields[field] = tensors.norm(f"blk.{index}.{name}", size)
     return LayerWeights(**fields)
+
+
+def _as_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float16[rows, n] in the dtype that the engine reads fastest; unchanged if digits would go."""
+    if values.dtype != np.float16:
+        return values
+    narrow = np.empty(values.shape, np.uint16)
+    for start in range(0, len(values), 1024):
+        bits = values[start : start + 1024].astype(np.float32).view(np.uint32)
+        if (bits & 0xFFFF).any():
+            return values
+        narrow[start : start + 1024] = bits >> 16
+    return narrow.view(ml_dtypes.bfloat16)
 
 
 class _Tensors:

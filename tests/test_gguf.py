@@ -7,6 +7,7 @@ import tracemalloc
 from pathlib import Path
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGUFValueType
@@ -29,6 +30,7 @@ from bitnet_edu.gguf_io import (
     I2_S,
     TENSORS,
     Header,
+    _as_bfloat16,
     read_gguf,
     read_header,
     repack_i2s,
@@ -77,6 +79,25 @@ def test_a_file_of_the_real_form_is_read_exactly(real):
     assert config == SHAPE._replace(eos_token_ids=SHAPE.eos_token_ids[:1])
     assert same_as_written(weights, random_tensors())
     assert load(str(real)).config == SHAPE  # the end of a turn ends an answer too
+
+
+def test_the_embedding_becomes_bfloat16_only_if_that_is_exact(tmp_path, real):
+    assert read_gguf(real)[1].embedding.dtype == ml_dtypes.bfloat16
+    tensors = random_tensors()
+    tensors["token_embd.weight"][-1, -1] = np.float16(1 + 2**-10)
+    _, weights, _ = read_gguf(write_real(tmp_path / "a.gguf", tensors))
+    assert weights.embedding.dtype == np.float16
+    assert same_as_written(weights, tensors)
+
+
+def test_every_float16_is_bfloat16_or_stays():
+    """Subnormals, infinities and NaN included."""
+    values = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    exact = values.astype(np.float32)
+    fits = exact.view(np.uint32) & 0xFFFF == 0
+    narrow = _as_bfloat16(values[fits][:, None])[:, 0].astype(np.float32)
+    np.testing.assert_array_equal(narrow, exact[fits])
+    assert _as_bfloat16(values[:, None]).dtype == np.float16
 
 
 def test_both_block_layouts_are_read_and_only_one_of_them_is_right(tmp_path):
