@@ -16,8 +16,8 @@ class Ledger:
     def __init__(self, chapter: str):
         self.chapter = chapter
         self.rows: list[dict] = []
-        book = next((p for p in (Path.cwd(), Path.cwd().parent) if (p / "_toc.yml").exists()), None)
-        self.file = book / "_build" / "ledger" / f"{chapter}.json" if book else None
+        folder = ledger_folder()
+        self.file = folder / f"{chapter}.json" if folder else None
         if self.file:
             self.file.unlink(missing_ok=True)
 
@@ -42,6 +42,14 @@ class Ledger:
         )
 
 
-def read_ledger(folder: Path) -> list[dict]:
-    """All rows that the chapters left in `folder`, in the order of the chapters."""
-    return [row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text())]
+def ledger_folder() -> Path | None:
+    """Where a checkout of the book keeps its rows, or None outside of one."""
+    for folder in (Path.cwd(), Path.cwd().parent):
+        if (folder / "_toc.yml").exists():
+            return folder / "_build" / "ledger"
+    return None
+
+
+def read_ledger(file: Path) -> list[dict]:
+    """The rows of one chapter, in the order of its checks."""
+    return json.loads(file.read_text(encoding="utf-8"))
