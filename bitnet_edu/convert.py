@@ -128,21 +128,49 @@ def write_folder(
 ) -> None:
     """Write config.json and model.safetensors: packed like Microsoft's, or as bf16 master weights.
 
-    transformers loads both, and wants one dtype for all other floats: bfloat16 if that changes none
-    of them (Microsoft's packed model is so), else float32. Raises CheckpointError for a matrix that
-    has no bf16 master weights.
+    transformers loads both. Raises CheckpointError for a matrix that has no bf16 master weights.
     """
     folder.mkdir()
+    tensors = file_tensors(weights, master=master)
+    raw = config_json(config, tied=weights.tied, master=master)
+    raw["dtype"] = max(tensors, key=lambda tensor: tensor.dtype.itemsize).dtype.name
+    (folder / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
+    header = safetensors_header(tensors)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors:
+            data = np.ascontiguousarray(tensor.make())
+            assert (data.dtype, data.shape) == (tensor.dtype, tensor.shape)
+            file.write(data.reshape(-1).view(np.uint8))
+
+
+def file_tensors(weights: Weights, *, master: bool = False) -> list[Tensor]:
+    """What model.safetensors holds, in its order: wide dtypes first, then by name.
+
+    All floats but the master weights are bfloat16 if that changes none of them (Microsoft's packed
+    model is so), else float32: transformers wants one dtype.
+    """
     floats = dict(_floats(weights))
     dtype = np.dtype(BF16 if all(map(_is_bf16, floats.values())) else np.float32)
-    raw = config_json(config, tied=weights.tied, master=master)
-    raw["dtype"] = dtype.name
-    (folder / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
     tensors = list(_matrices(weights, master))
     for name, array in floats.items():
         if not (master and name.endswith("_scale")):
             tensors.append(Tensor(name, dtype, array.shape, partial(array.astype, dtype)))
-    write_safetensors(folder / "model.safetensors", tensors)
+    return sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+
+
+def safetensors_header(tensors: list[Tensor]) -> bytes:
+    """The JSON that names each tensor's dtype, shape and place; before it come 8 bytes of length.
+
+    The safetensors library writes the same, but wants all tensors in memory at once.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, dtype, shape, _ in tensors:
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        entry = {"dtype": DTYPE_NAMES[dtype.name], "shape": shape, "data_offsets": [begin, end]}
+        header[name] = entry
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
 
 
 def config_json(config: BitNetConfig, *, tied: bool, master: bool) -> dict[str, Any]:
@@ -241,27 +269,6 @@ def _bf16_below(value: float) -> np.ndarray:
     """The largest bfloat16 that is not above a float from 0 up."""
     nearest = BF16(value)
     return nearest if float(nearest) <= value else np.nextafter(nearest, BF16(0))
-
-
-def write_safetensors(path: Path, tensors: list[Tensor]) -> None:
-    """Write tensors one after the other: 8 bytes of header length, a JSON header, the data.
-
-    The safetensors library writes the same, but wants all tensors in memory at once.
-    """
-    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # so each is aligned
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, dtype, shape, _ in tensors:
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        entry = {"dtype": DTYPE_NAMES[dtype.name], "shape": shape, "data_offsets": [begin, end]}
-        header[name] = entry
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            data = np.ascontiguousarray(tensor.make())
-            assert (data.dtype, data.shape) == (tensor.dtype, tensor.shape)
-            file.write(data.reshape(-1).view(np.uint8))
 
 
 def _write_tokenizer(

@@ -62,9 +62,7 @@ def download(
     revision: a branch, tag or commit; by default the pinned one, else "main". tqdm_class shows the
     progress, by default as the hub's bars on stderr. Raises DownloadError, whatever went wrong.
     """
-    pin = PINS.get(repo)
-    revision = revision or (pin.revision if pin else None)
-    checksums = pin.sha256 if pin and revision == pin.revision else {}
+    revision, checksums = _pinned(repo, revision)
     try:
         folder = _cached(repo, revision, checksums)
         if folder is None:
@@ -80,6 +78,18 @@ def download(
         raise
     except Exception as error:  # the libraries below raise a dozen unrelated classes
         raise DownloadError(_explain(error, repo)) from error
+
+
+def is_cached(repo: str = MODEL) -> bool:
+    """Whether `download` would find the whole model in the cache, without using the network."""
+    return _cached(repo, *_pinned(repo, None)) is not None
+
+
+def _pinned(repo: str, revision: str | None) -> tuple[str | None, dict[str, str]]:
+    """The revision to ask for, and the checksums known for it."""
+    pin = PINS.get(repo)
+    revision = revision or (pin.revision if pin else None)
+    return revision, pin.sha256 if pin and revision == pin.revision else {}
 
 
 def _cached(repo: str, revision: str | None, checksums: dict[str, str]) -> Path | None:

@@ -1,6 +1,7 @@
 """Each format from each, exact in codes and scales, loaded by transformers, all or nothing."""
 
 import json
+import math
 import resource
 import shutil
 import signal
@@ -21,7 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitnet_edu import BitNetError, CheckpointError, InputError, load
 from bitnet_edu import convert as module
-from bitnet_edu.convert import FORMATS, convert, master_weights, write_folder
+from bitnet_edu.convert import (
+    FORMATS,
+    convert,
+    file_tensors,
+    master_weights,
+    safetensors_header,
+    write_folder,
+)
 from bitnet_edu.quantize import absmean_ternary
 from bitnet_edu.sources import TINY, find_model, read_model
 from bitnet_edu.verify import verify
@@ -177,6 +185,18 @@ def test_packed_files_have_the_names_dtypes_and_shapes_of_microsofts(tmp_path):
 
     convert("tiny", tmp_path / "model")
     assert listing(tmp_path / "model") == listing(TINY)
+
+
+def test_the_2b4t_file_would_have_exactly_the_published_size():
+    """1,178,623,988 bytes: every name, dtype, shape and offset counts."""
+    shape = BITNET_2B4T
+    one = random_weights(shape._replace(num_hidden_layers=1, vocab_size=1))
+    embedding = np.broadcast_to(one.embedding, (shape.vocab_size, shape.hidden_size))
+    weights = Weights(embedding, one.layers * shape.num_hidden_layers, one.norm, embedding)
+    tensors = file_tensors(weights)
+    data = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
+    assert len(tensors) == 542
+    assert 8 + len(safetensors_header(tensors)) + data == 1_178_623_988
 
 
 def test_both_i2s_layouts_are_written_and_told_apart(tmp_path):

@@ -17,7 +17,7 @@ from huggingface_hub import constants, file_download
 
 from bitnet_edu import DownloadError, load
 from bitnet_edu import download as module
-from bitnet_edu.download import MODEL, PINS, Pin, download
+from bitnet_edu.download import MODEL, PINS, Pin, download, is_cached
 from bitnet_edu.sources import TINY, find_model
 
 NAME = "someone/tiny-bitnet"
@@ -71,6 +71,7 @@ def test_the_pins_are_those_of_the_facts():
 
 
 def test_a_model_is_fetched_once_and_loads(hub, files, tmp_path):
+    assert not is_cached(NAME)
     folder = download(NAME)
     names = {path.name for path in folder.iterdir()}
     assert names == {name for name in files if not name.endswith((".py", ".bin"))}
@@ -79,6 +80,7 @@ def test_a_model_is_fetched_once_and_loads(hub, files, tmp_path):
     assert [name for name, _ in hub.transfers] == [WEIGHTS]
 
     asked = len(hub.asked)
+    assert is_cached(NAME)
     assert find_model(NAME) == download(NAME) == folder
     assert len(hub.asked) == asked, "a cached model asks the network for nothing"
     ids = [1, 2, 3]
