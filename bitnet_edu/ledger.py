@@ -35,7 +35,7 @@ class Ledger:
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
-        print(f"{what:<44} {ours.size:>9,} values   {verdict:<24} bound {bound:.1e}")
+        print(f"{what:<34} {ours.size:>9,} values  {verdict:<22}  bound {bound:.1e}")
         # written so that NaN fails too
         assert difference <= bound, (
             f"{what}: difference {difference:.3g} exceeds the bound {bound:.3g}"
