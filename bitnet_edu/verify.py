@@ -11,6 +11,7 @@ step away, its unrounded value in the middle between two steps.
 torch and transformers are imported only when a function needs them.
 """
 
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -22,8 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from bitnet_edu.checkpoint import MATRICES
-from bitnet_edu.errors import BitNetError, InputError
-from bitnet_edu.generate import BitNetLM
+from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
+from bitnet_edu.generate import BitNetLM, generate_ids
 from bitnet_edu.packing import unpack_hf
 from bitnet_edu.quantize import absmax_int8
 from bitnet_edu.reference import BitNetReference
@@ -36,7 +37,17 @@ if TYPE_CHECKING:
 
 BOUND = 1e-5  # of an array's range; what float32's last bits do stays far below
 STEP_BOUND = 127 * BOUND  # the same for an activation, in int8 steps
-QUESTION = "What is a ternary weight?"
+QUESTIONS = (
+    "Hello!",
+    "What is a ternary weight?",
+    "What is 3 plus 4?",
+    "Tell me a story.",
+    "What is a token?",
+    "What is a KV cache?",
+    "What is absmean?",
+    "Tell me a story about a fox.",
+    "Thank you!",
+)
 LISTED = 100  # flips kept in a report; all are counted
 # the matrices that read the same int8 codes as the one named
 READERS = {
@@ -156,28 +167,21 @@ class Report:
 
 
 def verify(source: str = "tiny", tokens: int = 200, *, ternarize: bool = False) -> Report:
-    """Compare all three programs on a prompt and `tokens` greedily generated tokens.
+    """Compare all three programs in a conversation with `tokens` greedily generated tokens.
 
     Raises CheckpointError, DownloadError or InputError where there is nothing to compare.
     """
     path = model_folder(source)
     model = load_source(str(path), ternarize=ternarize)
-    return compare(model, load_transformers(path, ternarize=ternarize), prompt_of(model), tokens)
+    return compare(model, load_transformers(path, ternarize=ternarize), prompts_of(model), tokens)
 
 
 def compare(
-    model: BitNetLM, theirs: "BitNetForCausalLM", prompt: Sequence[int], tokens: int
+    model: BitNetLM, theirs: "BitNetForCausalLM", prompts: Sequence[Sequence[int]], tokens: int
 ) -> Report:
     """Run `model`, the reference on its weights, and transformers' model on the same tokens."""
-    longest = model.config.max_position_embeddings
-    if not 1 <= tokens <= longest - len(prompt):
-        raise InputError(
-            f"tokens must be from 1 to {longest - len(prompt)}, what this model's context of "
-            f"{longest} leaves beside a prompt of {len(prompt)}; it is {tokens}"
-        )
-    prompt = [int(token) for token in prompt]
-    made = model.generate(prompt, max_new_tokens=tokens, stop=())
-    ids = np.array(prompt + made[:-1])
+    conversation, made = converse(model, prompts, tokens)
+    ids = np.array(conversation[:-1])
     reference = BitNetReference(model.config, model.weights)
     plain = reference.logits(ids)
 
@@ -188,23 +192,51 @@ def compare(
     transformers = replay(reference, ids, "transformers", their_logits, trace, plain)
     transformers.weights_differ = differ
 
-    theirs_made = greedy(theirs, prompt, tokens)
-    best = plain[len(prompt) - 1 :].argmax(axis=-1).tolist()
+    # the three generate the same text if, after every prefix of it, they choose the same token
+    before = np.array(made) - 1
+    chosen, rows = np.array(conversation)[made], engine_logits[before]
+    others = np.array([plain[before].argmax(axis=-1), greedy_choices(theirs, conversation, made)])
+    lead = rows[np.arange(tokens), chosen] - rows[np.arange(tokens), others]
     difference = float(np.abs(engine_logits - their_logits).max())
-    splits = [
-        _gap_where_split(made, other, engine_logits[-tokens:]) for other in (best, theirs_made)
-    ]
     return Report(
         tokens=tokens,
-        prompt_tokens=len(prompt),
+        prompt_tokens=len(conversation) - tokens,
         engine=engine,
         transformers=transformers,
         max_logit_difference=difference,
         logit_range=float(np.ptp(their_logits)),
         argmax_agreement=_agreement(engine_logits, their_logits),
-        greedy_equal=made == best == theirs_made,
-        greedy_explained=max(splits) <= 2 * difference,
+        greedy_equal=bool((others == chosen).all()),
+        greedy_explained=bool(lead.max() <= 2 * difference),
     )
+
+
+def converse(
+    model: BitNetLM, prompts: Sequence[Sequence[int]], tokens: int
+) -> tuple[list[int], list[int]]:
+    """The engine answers one prompt after another, greedily, until it has made `tokens` tokens.
+
+    Returns the ids of the whole conversation, and the places in it of those that were made.
+    InputError if the model's context can't hold it.
+    """
+    if tokens < 1:
+        raise InputError(f"tokens must be at least 1, not {tokens}")
+    cache, ids, made = model.new_cache(), [], []
+    for prompt in itertools.cycle(prompts):
+        if len(made) == tokens:
+            break
+        new = ids[cache.length :] + [int(token) for token in prompt]
+        try:
+            answer = list(generate_ids(model, new, tokens - len(made), cache=cache))
+        except ContextLengthError:
+            raise InputError(
+                f"only {len(made)} tokens, beside the prompts, fit into this model's context of "
+                f"{cache.max_len}: ask for fewer than {tokens}"
+            ) from None
+        ids += prompt
+        made += range(len(ids), len(ids) + len(answer))
+        ids += answer
+    return ids, made
 
 
 def replay(
@@ -268,14 +300,6 @@ def _row(name: str, ours: np.ndarray, theirs: np.ndarray) -> Row:
 
 def _agreement(a: np.ndarray, b: np.ndarray) -> float:
     return float((a.argmax(axis=-1) == b.argmax(axis=-1)).mean())
-
-
-def _gap_where_split(made: list[int], other: list[int], logits: np.ndarray) -> float:
-    """How much better the engine likes its own token than the other's, where two texts part."""
-    for row, ours, theirs in zip(logits, made, other, strict=True):
-        if ours != theirs:
-            return float(row[ours] - row[theirs])
-    return 0.0
 
 
 def trace_engine(model: BitNetLM, ids: np.ndarray) -> tuple[np.ndarray, Trace]:
@@ -417,11 +441,14 @@ def model_folder(source: str | Path) -> Path:
     return path
 
 
-def prompt_of(model: BitNetLM) -> list[int]:
-    """A question in the model's chat template, or random ids where it has no tokenizer."""
-    if model.tokenizer:
-        return model.tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}])
-    return np.random.default_rng(0).integers(0, model.config.vocab_size, 16).tolist()
+def prompts_of(model: BitNetLM) -> list[list[int]]:
+    """Questions in the model's chat template, or random ids where it has no tokenizer."""
+    if model.tokenizer is None:
+        return [np.random.default_rng(0).integers(0, model.config.vocab_size, 16).tolist()]
+    template = model.tokenizer.apply_chat_template
+    first, *later = [template([{"role": "user", "content": text}]) for text in QUESTIONS]
+    # a conversation has one start token, in front of all
+    return [first, *(ids[ids[0] == model.config.bos_token_id :] for ids in later)]
 
 
 def trace_transformers(model: "BitNetForCausalLM", ids: np.ndarray) -> tuple[np.ndarray, Trace]:
@@ -504,13 +531,16 @@ def _their_codes(module: Any) -> tuple[np.ndarray, float, np.ndarray]:
         return codes.astype(np.int8), module.weight_scale.item(), codes
 
 
-def greedy(model: "BitNetForCausalLM", prompt: Sequence[int], tokens: int) -> list[int]:
-    """transformers' greedy continuation with its own KV cache, past any end token."""
+def greedy_choices(
+    model: "BitNetForCausalLM", ids: Sequence[int], places: Sequence[int]
+) -> list[int]:
+    """What transformers, with its own KV cache, would generate at these places of a text."""
     torch = eager_torch()
-    made, past, ids = [], None, torch.as_tensor(list(prompt))[None]
+    choices, past, start = [], None, 0
     with torch.no_grad():
-        for _ in range(tokens):
-            out = model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-            ids, past = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
-            made.append(ids.item())
-    return made
+        for end in range(places[0], places[-1] + 1):
+            new = torch.as_tensor(ids[start:end])[None]
+            out = model(new, past_key_values=past, use_cache=True, logits_to_keep=1)
+            past, start = out.past_key_values, end
+            choices.append(int(out.logits[0, -1].argmax()))
+    return [choices[place - places[0]] for place in places]

@@ -25,7 +25,7 @@ def random_prompt(seed: int = 0, tokens: int = 60) -> list[int]:
 def report_on(folder: Path, seed: int = 0, **options) -> verify.Report:
     model = load(str(folder), **options)
     theirs = verify.load_transformers(folder, **options)
-    return verify.compare(model, theirs, random_prompt(seed), TOKENS)
+    return verify.compare(model, theirs, [random_prompt(seed)], TOKENS)
 
 
 def assert_proved(report: verify.Report) -> None:
@@ -100,6 +100,13 @@ def test_flips_are_found_located_and_explained(tmp_path):
         assert text in verify_text(report)
 
 
+def test_the_embedded_model_over_200_tokens():
+    report = verify.verify("tiny", tokens=200)
+    assert_proved(report)
+    assert report.tokens == 200
+    assert report.greedy_equal
+
+
 # What must be rejected
 
 
@@ -168,7 +175,9 @@ SABOTAGE = {
 @pytest.mark.parametrize("case", SABOTAGE)
 def test_a_model_that_differs_is_rejected(folder, theirs, case):
     layer, changes = SABOTAGE[case]
-    report = verify.compare(change(load(str(folder)), layer, **changes), theirs, random_prompt(), 4)
+    report = verify.compare(
+        change(load(str(folder)), layer, **changes), theirs, [random_prompt()], 4
+    )
     assert not report.ok
     assert report.engine.ok  # it does what its weights say
     assert not report.transformers.ok
@@ -186,7 +195,7 @@ def test_another_shape_is_rejected(folder, theirs, changes):
     if "num_attention_heads" in changes:
         config = config._replace(num_key_value_heads=1)
     model = type(model)(config, model.weights, None)
-    assert not verify.compare(model, theirs, random_prompt(), 4).ok
+    assert not verify.compare(model, theirs, [random_prompt()], 4).ok
 
 
 def test_a_reference_that_rounds_per_tensor_is_rejected(folder, theirs, monkeypatch):
@@ -195,7 +204,7 @@ def test_a_reference_that_rounds_per_tensor_is_rejected(folder, theirs, monkeypa
         return q.reshape(x.shape), np.broadcast_to(scale, (*x.shape[:-1], 1))
 
     monkeypatch.setattr(reference, "absmax_int8", per_tensor)
-    report = verify.compare(load(str(folder)), theirs, random_prompt(), 4)
+    report = verify.compare(load(str(folder)), theirs, [random_prompt()], 4)
     assert report.engine.unexplained
     assert report.transformers.unexplained
     assert not report.ok
@@ -204,7 +213,7 @@ def test_a_reference_that_rounds_per_tensor_is_rejected(folder, theirs, monkeypa
 def test_an_engine_that_differs_from_the_reference_is_rejected(folder, theirs):
     model = load(str(folder))
     model._table.scales[1, 3] *= np.float32(1.001)
-    report = verify.compare(model, theirs, random_prompt(), 4)
+    report = verify.compare(model, theirs, [random_prompt()], 4)
     assert not report.engine.ok
     assert report.transformers.ok
     assert not report.ok
@@ -233,10 +242,10 @@ def test_a_code_that_differs_for_real_is_no_flip():
 
 def test_a_difference_in_greedy_tokens_needs_an_equally_good_token(folder, theirs, monkeypatch):
     model = load(str(folder))
-    whole = verify.greedy(theirs, random_prompt(), 4)
-    worst = load(str(folder)).logits(np.array(random_prompt()))[-1].argmin()
-    monkeypatch.setattr(verify, "greedy", lambda *_: [int(worst), *whole[1:]])
-    report = verify.compare(model, theirs, random_prompt(), 4)
+    worst = int(model.logits(np.array(random_prompt()))[-1].argmin())
+    choices = verify.greedy_choices
+    monkeypatch.setattr(verify, "greedy_choices", lambda *a: [worst, *choices(*a)[1:]])
+    report = verify.compare(model, theirs, [random_prompt()], 4)
     assert not report.greedy_equal
     assert not report.greedy_explained
     assert not report.ok
@@ -255,12 +264,26 @@ def test_transformers_is_loaded_in_float32_with_eager_attention(tmp_path, theirs
     assert type(theirs).__name__ == "BitNetForCausalLM"
 
 
-def test_greedy_is_transformers_generate(folder, theirs):
+def test_greedy_choices_are_those_of_transformers_generate(theirs):
     prompt = random_prompt(tokens=10)
-    expected = theirs.generate(
+    whole = theirs.generate(
         torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
-    assert verify.greedy(theirs, prompt, 20) == expected[0, 10:].tolist()
+    )[0].tolist()
+    assert verify.greedy_choices(theirs, whole, range(10, 30)) == whole[10:]
+    other = (whole[12] + 1) % 299
+    assert verify.greedy_choices(theirs, [*whole[:12], other, *whole[13:]], [12]) == [whole[12]]
+
+
+def test_a_conversation_is_made_of_the_prompts_and_greedy_answers(folder):
+    model = load(str(folder))
+    first = model.generate(random_prompt(), max_new_tokens=60, stop=())
+    model.config = model.config._replace(eos_token_ids=(first[2],))
+    end = first.index(first[2]) + 1
+    ids, made = verify.converse(model, [random_prompt(), [7, 8]], end + 3)
+    assert ids[: 60 + end + 2] == [*random_prompt(), *first[:end], 7, 8]
+    assert made == [*range(60, 60 + end), *range(60 + end + 2, 60 + end + 5)]
+    logits = model.logits(np.array(ids))
+    assert [int(logits[place - 1].argmax()) for place in made] == [ids[place] for place in made]
 
 
 def test_loading_is_quiet_and_needs_no_compiler(tmp_path):
@@ -276,19 +299,23 @@ def test_loading_is_quiet_and_needs_no_compiler(tmp_path):
     assert (result.stdout, result.stderr) == ("True\n", "")
 
 
-def test_the_prompt_is_a_question_in_the_chat_template(folder):
+def test_the_prompts_are_questions_in_the_chat_template(folder):
     model = load(str(folder))
-    assert verify.QUESTION in model.tokenizer.decode(verify.prompt_of(model))
+    ids = [token for prompt in verify.prompts_of(model) for token in prompt]
+    text = model.tokenizer.decode(ids, skip_special_tokens=False)
+    assert text.startswith("<|begin_of_text|>User: Hello!<|eot_id|>Assistant: User: What")
+    assert text.count("<|begin_of_text|>") == 1
     model.tokenizer = None
-    ids = verify.prompt_of(model)
+    [ids] = verify.prompts_of(model)
     assert len(ids) == 16
     assert max(ids) < model.config.vocab_size
 
 
-@pytest.mark.parametrize("tokens", [0, 512])
-def test_more_tokens_than_the_context_holds_are_refused(folder, theirs, tokens):
+def test_more_tokens_than_the_context_holds_are_refused(folder, theirs):
     with pytest.raises(InputError, match="context of 512"):
-        verify.compare(load(str(folder)), theirs, random_prompt(), tokens)
+        verify.compare(load(str(folder)), theirs, [random_prompt()], 512)
+    with pytest.raises(InputError, match="at least 1"):
+        verify.compare(load(str(folder)), theirs, [random_prompt()], 0)
 
 
 def test_a_gguf_file_is_refused_with_what_to_do(tmp_path):
