@@ -4,6 +4,7 @@
 prepares its tables and buffers, checks what comes in, and feeds it prompts tile by tile.
 """
 
+import math
 import threading
 from itertools import pairwise
 
@@ -42,6 +43,14 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def _zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """np.zeros at a multiple of 64 bytes, so that no vector straddles two cache lines."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, [layers, kv_heads, max_len, head_dim] each.
 
@@ -60,7 +69,7 @@ class KVCache:
         self.config = config
         rows, numbers = _round_up(max_len, TILE), _round_up(config.head_dim, PAD)
         shape = config.num_hidden_layers, config.num_key_value_heads, rows, numbers
-        keys, values = np.zeros(shape, dtype), np.zeros(shape, dtype)
+        keys, values = _zeros(shape, dtype), _zeros(shape, dtype)
         self.keys = keys[:, :, :max_len, : config.head_dim]
         self.values = values[:, :, :max_len, : config.head_dim]
         self.max_len = max_len
@@ -268,17 +277,17 @@ class BitNet:
             _round_up(c.head_dim, PAD),
         )
         return Work(
-            x=np.empty((BATCH, c.hidden_size), np.float32),
-            normed=np.empty((BATCH, wide), np.float32),
-            q=np.empty((BATCH, wide), np.int8),
-            q_scale=np.empty(BATCH, np.float32),
-            q_sum=np.empty(BATCH, np.int32),
-            sums=np.empty((BATCH, max(c.hidden_size + 2 * kv, 2 * c.intermediate_size)), np.int32),
-            queries=np.zeros((BATCH, heads, numbers), np.float32),
-            mixed=np.empty((slots, heads, numbers), np.float32),
-            largest=np.empty((slots, heads), np.float32),
-            total=np.empty((slots, heads), np.float32),
-            scores=np.empty((self.threads, heads // c.num_key_value_heads, SPAN), np.float32),
-            logits=np.empty(c.vocab_size, np.float32),
-            fault=np.zeros(1, np.int64),
+            x=_zeros((BATCH, c.hidden_size), np.float32),
+            normed=_zeros((BATCH, wide), np.float32),
+            q=_zeros((BATCH, wide), np.int8),
+            q_scale=_zeros((BATCH,), np.float32),
+            q_sum=_zeros((BATCH,), np.int32),
+            sums=_zeros((BATCH, max(c.hidden_size + 2 * kv, 2 * c.intermediate_size)), np.int32),
+            queries=_zeros((BATCH, heads, numbers), np.float32),
+            mixed=_zeros((slots, heads, numbers), np.float32),
+            largest=_zeros((slots, heads), np.float32),
+            total=_zeros((slots, heads), np.float32),
+            scores=_zeros((self.threads, heads // c.num_key_value_heads, SPAN), np.float32),
+            logits=_zeros((c.vocab_size,), np.float32),
+            fault=_zeros((1,), np.int64),
         )

@@ -2,7 +2,7 @@
 
 The cache is float32, or float16 in uint16 clothes (Numba has no float16). Its heads are padded with
 zeros to a multiple of `PAD` numbers, and its positions to a multiple of `TILE`, so that the two
-inner loops below, written in LLVM's vectors like those of simd.py, need no remainders.
+tiles below, written in LLVM's vectors like that of simd.py, need no remainders.
 """
 
 import math
@@ -13,13 +13,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bitnet_edu.kernels.bits import as_float, jit, narrow, sum_jit
+from bitnet_edu.kernels.bits import as_float, at, jit, narrow, sum_jit
 from bitnet_edu.kernels.simd import INT64, sum_lanes
 
 SPAN = 256  # positions looked at in one go: no more scores than this exist at a time
-BLOCK = 32  # positions whose values stay in the first-level cache while all heads use them
-TILE = 8  # positions that share a load of the query
-PAD = 64  # numbers of a head that `add_rows` keeps in registers
+BLOCK = 16  # positions whose values stay in the first-level cache while they are used
+TILE = 4  # positions, and query heads, that share loads
+PAD = 64  # numbers of a head's answer that are kept in registers
 FLOATS = ir.VectorType(ir.FloatType(), 16)
 
 
@@ -62,18 +62,12 @@ def attend(queries, keys, values, positions, scale, scores, mixed, largest, tota
     pass (online softmax: Milakov and Gimelshein, arXiv 1805.02867).
     """
     group, size = queries.shape
-    stride = keys.strides[0]
     mixed[:] = 0
     largest[:] = -np.inf
     total[:] = 0
     for first in range(0, positions, SPAN):
         count = min(SPAN, positions - first)
-        for i in range(0, count, TILE):
-            for head in range(group):
-                row = keys[first + i]
-                score_tile(
-                    at(queries[head]), at(row), stride, size, scale, at(scores[head, i:]), row[0]
-                )
+        score(queries, keys[first:], count, scale, scores)
         for head in range(group):
             row, before = scores[head, :count], largest[head]
             for i in range(count):
@@ -83,72 +77,145 @@ def attend(queries, keys, values, positions, scale, scores, mixed, largest, tota
             total[head] = total[head] * shrink + add_up(row)
             for i in range(size):
                 mixed[head, i] *= shrink
-        for i in range(0, count, BLOCK):
-            rows = min(BLOCK, count - i)
-            for head in range(group):
-                for part in range(0, size, PAD):
-                    row = values[first + i, part:]
-                    add_rows(
-                        at(scores[head, i:]), at(row), stride, rows, at(mixed[head, part:]), row[0]
-                    )
+        mix(scores, values[first:], count, mixed)
 
 
 @jit
-def at(array):
-    """Where an array begins, as an int64."""
-    return np.int64(array.ctypes.data)
+def score(queries, keys, count, scale, scores):
+    """scores[h, i] = scale * dot(queries[h], keys[i]) for i < count, rounded up to a full tile."""
+    group, size = queries.shape
+    for i in range(0, count, TILE):
+        head = 0
+        while head < group:
+            row, q, out = keys[i], queries[head:], scores[head:, i:]
+            args = (
+                at(q),
+                q.strides[0],
+                at(row),
+                keys.strides[0],
+                size,
+                scale,
+                at(out),
+                out.strides[0],
+            )
+            if head + TILE <= group:
+                _scores_of_four(*args, row[0])
+                head += TILE
+            else:
+                _scores_of_one(*args, row[0])
+                head += 1
 
 
-@intrinsic
-def score_tile(typingctx, query, keys, stride, size, scale, out, like):
-    """out[i] = scale * dot(query, keys[i]) for TILE rows of keys, `stride` bytes apart.
+@jit
+def mix(scores, values, count, mixed):
+    """mixed[h] += sum of scores[h, i] * values[i] over i < count."""
+    group, size = mixed.shape
+    for i in range(0, count, BLOCK):
+        rows = min(BLOCK, count - i)
+        for part in range(0, size, PAD):
+            head = 0
+            while head < group:
+                row, w, out = values[i, part:], scores[head:, i:], mixed[head:, part:]
+                args = (
+                    at(w),
+                    w.strides[0],
+                    at(row),
+                    values.strides[0],
+                    rows,
+                    at(out),
+                    out.strides[0],
+                )
+                if head + TILE <= group:
+                    _mix_four(*args, row[0])
+                    head += TILE
+                else:
+                    _mix_one(*args, row[0])
+                    head += 1
 
-    query, keys and out are addresses; `like` is a number of the keys' type.
+
+def _score_tile(heads: int):
+    """Make an intrinsic: out[h, i] = scale * dot(queries[h], keys[i]) for `heads` heads, TILE keys.
+
+    Arrays are addresses, each followed by the bytes from row to row; `like` is a number of the
+    keys' type.
     """
 
     def codegen(context, builder, signature, args):
-        query, keys, stride, size, scale, out, _ = args
+        queries, query_row, keys, key_row, size, scale, out, out_row, _ = args
         half = signature.args[-1] == types.uint16
+        zero = ir.Constant(FLOATS, [0.0] * 16)
         sums = [
-            cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [0.0] * 16)) for _ in range(TILE)
+            [cgutils.alloca_once_value(builder, zero) for _ in range(TILE)] for _ in range(heads)
         ]
         with cgutils.for_range_slice(builder, INT64(0), size, INT64(16), INT64) as (i, _):
-            q = _load(builder, builder.add(query, builder.mul(i, INT64(4))))
             column = builder.add(keys, builder.mul(i, INT64(2 if half else 4)))
-            for row, sum_ in enumerate(sums):
-                k = _load(builder, builder.add(column, builder.mul(stride, INT64(row))), half)
-                builder.store(_multiply_add(builder, q, k, builder.load(sum_)), sum_)
-        scores = sum_lanes(builder, [builder.load(s) for s in sums])
-        scores = builder.fmul(scores, _broadcast(builder, scale, TILE))
-        builder.store(scores, builder.inttoptr(out, scores.type.as_pointer()), align=4)
+            k = [_load(builder, _row(builder, column, key_row, j), half) for j in range(TILE)]
+            column = builder.add(queries, builder.mul(i, INT64(4)))
+            for head in range(heads):
+                q = _load(builder, _row(builder, column, query_row, head))
+                for j, sum_ in enumerate(sums[head]):
+                    builder.store(_multiply_add(builder, q, k[j], builder.load(sum_)), sum_)
+        for head in range(heads):
+            result = sum_lanes(builder, [builder.load(sum_) for sum_ in sums[head]])
+            result = builder.fmul(result, _broadcast(builder, scale, TILE))
+            _store(builder, result, _row(builder, out, out_row, head))
         return context.get_dummy_value()
 
-    number = types.int64
-    return types.void(number, number, number, number, types.float32, number, like), codegen
+    def typer(typingctx, queries, query_row, keys, key_row, size, scale, out, out_row, like):
+        numbers = [types.int64] * 5 + [types.float32] + [types.int64] * 2
+        return types.void(*numbers, like), codegen
+
+    return intrinsic(typer)
 
 
-@intrinsic
-def add_rows(typingctx, weights, rows, stride, count, out, like):
-    """out += weights[i] * rows[i] for `count` rows, PAD numbers of each; arguments as above."""
+def _mix_tile(heads: int):
+    """Make an intrinsic: out[h] += weights[h, i] * values[i] for `heads` heads, PAD numbers each.
+
+    i < count; arguments as above.
+    """
 
     def codegen(context, builder, signature, args):
-        weights, rows, stride, count, out, _ = args
+        weights, weight_row, values, value_row, count, out, out_row, _ = args
         half = signature.args[-1] == types.uint16
-        places = [builder.add(out, INT64(64 * j)) for j in range(PAD // 16)]
-        sums = [cgutils.alloca_once_value(builder, _load(builder, place)) for place in places]
+        places = [
+            [builder.add(_row(builder, out, out_row, h), INT64(64 * j)) for j in range(PAD // 16)]
+            for h in range(heads)
+        ]
+        sums = [[cgutils.alloca_once_value(builder, _load(builder, p)) for p in r] for r in places]
         with cgutils.for_range(builder, count, intp=INT64) as loop:
-            weight = builder.add(weights, builder.mul(loop.index, INT64(4)))
-            weight = builder.load(builder.inttoptr(weight, ir.FloatType().as_pointer()), align=4)
-            weight = _broadcast(builder, weight, 16)
-            row = builder.add(rows, builder.mul(loop.index, stride))
-            for j, sum_ in enumerate(sums):
-                v = _load(builder, builder.add(row, INT64(j * (32 if half else 64))), half)
-                builder.store(_multiply_add(builder, weight, v, builder.load(sum_)), sum_)
-        for sum_, place in zip(sums, places, strict=True):
-            builder.store(builder.load(sum_), builder.inttoptr(place, FLOATS.as_pointer()), align=4)
+            row = builder.add(values, builder.mul(loop.index, value_row))
+            v = [
+                _load(builder, builder.add(row, INT64(j * (32 if half else 64))), half)
+                for j in range(PAD // 16)
+            ]
+            column = builder.add(weights, builder.mul(loop.index, INT64(4)))
+            for head in range(heads):
+                address = _row(builder, column, weight_row, head)
+                weight = builder.load(builder.inttoptr(address, ir.FloatType().as_pointer()))
+                weight = _broadcast(builder, weight, 16)
+                for j, sum_ in enumerate(sums[head]):
+                    builder.store(_multiply_add(builder, weight, v[j], builder.load(sum_)), sum_)
+        for head in range(heads):
+            for sum_, place in zip(sums[head], places[head], strict=True):
+                _store(builder, builder.load(sum_), place)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5, like), codegen
+    def typer(typingctx, weights, weight_row, values, value_row, count, out, out_row, like):
+        return types.void(*[types.int64] * 7, like), codegen
+
+    return intrinsic(typer)
+
+
+_scores_of_four, _scores_of_one = _score_tile(TILE), _score_tile(1)
+_mix_four, _mix_one = _mix_tile(TILE), _mix_tile(1)
+
+
+def _row(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, index: int) -> ir.Value:
+    return builder.add(address, builder.mul(stride, INT64(index)))
+
+
+def _store(builder: ir.IRBuilder, vector: ir.Value, address: ir.Value) -> None:
+    builder.store(vector, builder.inttoptr(address, vector.type.as_pointer()), align=4)
 
 
 def _load(builder: ir.IRBuilder, address: ir.Value, half: bool = False) -> ir.Value:

@@ -1,5 +1,6 @@
 """How this package compiles, and small things that Numba cannot say."""
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
@@ -12,6 +13,12 @@ jit = njit(**inner)
 # Sums in any order, so that they vectorize. NaN and Inf stay what they are.
 sum_jit = njit(**inner, fastmath={"reassoc", "nsz"})
 cached_jit = njit(**OPTIONS, cache=True)
+
+
+@jit
+def at(array):
+    """Where an array begins, as an int64."""
+    return np.int64(array.ctypes.data)
 
 
 @jit

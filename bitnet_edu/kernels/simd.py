@@ -28,10 +28,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from bitnet_edu.errors import InputError
-from bitnet_edu.kernels.bits import jit, pointer
+from bitnet_edu.kernels.bits import at, jit, pointer
 
 MAX_COLUMNS = 2**17 - 1
 CHUNK_BYTES = 49152  # of weights that a thread takes at a time: a microsecond or two of reading
+AHEAD = 6144  # bytes of weights asked for before they are needed: what half a memory latency reads
 STEP = 64  # columns per turn of the loop, and what a row of activations is best padded to
 INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 
@@ -141,6 +142,9 @@ def _dot_tile(name: str, tokens: int):
             [cgutils.alloca_once_value(builder, zero) for _ in range(4)] for _ in range(tokens)
         ]
         with cgutils.for_range(builder, steps, intp=INT64) as loop:
+            if tokens == 1:  # else arithmetic is the limit
+                ahead = builder.add(builder.mul(loop.index, INT64(STEP)), INT64(AHEAD))
+                _prefetch(builder, builder.add(weights, ahead))
             for part in range(0, STEP, kernel.width):
                 column = builder.add(builder.mul(loop.index, INT64(STEP)), INT64(part))
                 w = load(builder.add(weights, column), bytes_)
@@ -169,6 +173,28 @@ def _dot_tile(name: str, tokens: int):
         return types.void(*[types.int64] * 8), codegen
 
     return intrinsic(typer)
+
+
+def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Ask for a cache line, to be read soon; nothing happens at an address that isn't there."""
+    place = builder.inttoptr(address, INT8.as_pointer())
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), place, INT32(0), INT32(3), INT32(1))
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    def codegen(context, builder, signature, args):
+        _prefetch(builder, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@jit
+def fetch(address, size):
+    """Ask for `size` bytes of memory, to be read soon."""
+    for line in range(address, address + size, 64):
+        prefetch(line)
 
 
 def sum_lanes(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
@@ -212,7 +238,7 @@ def ternary_rows(kernel, weights, rows, columns, first, last, x, x_sums, tokens,
     uint8[rows, columns], x: int8[>= tokens, >= columns], x_sums: int32[>= tokens], the sum of each
     row of x, out: int32[>= tokens, >= 4 * rows], kernel: an index into `KERNELS`.
     """
-    steps = columns // STEP
+    steps, x_row, out_row = columns // STEP, x.strides[0], out.strides[0] // 4
     tile = _PORTABLE_TOKENS
     if kernel == VNNI:
         tile = _VNNI_TOKENS
@@ -222,11 +248,10 @@ def ternary_rows(kernel, weights, rows, columns, first, last, x, x_sums, tokens,
     while token < tokens:
         if tokens - token < tile:
             tile = 1
-        x_at, sums_at = np.int64(x[token:].ctypes.data), np.int64(x_sums[token:].ctypes.data)
+        x_at, sums_at, out_at = at(x[token:]), at(x_sums[token:]), at(out[token])
         for r in range(first, last):
             row = weights + r * columns
-            out_at = np.int64(out[token, r:].ctypes.data)
-            args = row, x_at, x.strides[0], steps, sums_at, out_at, out.strides[0] // 4, rows
+            args = row, x_at, x_row, steps, sums_at, out_at + 4 * r, out_row, rows
             if kernel == VNNI:
                 if tile > 1:
                     _vnni_tile(*args)

@@ -5,7 +5,6 @@ by chunk (see threads.py); the pointwise ones in between take one token a chunk.
 lie only the buffers of `Work`, made once: nothing is allocated while tokens are made.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +12,9 @@ from numba import carray
 
 from bitnet_edu.kernels.attention import SPAN, attend, join, rotate_and_store
 from bitnet_edu.kernels.bits import as_float, cached_jit, ceil_div, jit, pointer, sum_jit
-from bitnet_edu.kernels.simd import chunk_rows, ternary_rows
-from bitnet_edu.kernels.threads import finish, take, wait_for
+from bitnet_edu.kernels.pointwise import add_sums, norm_and_quantize, squared_relu
+from bitnet_edu.kernels.simd import chunk_rows, fetch, ternary_rows
+from bitnet_edu.kernels.threads import finish, finished, take, wait_for
 
 STAGE_NAMES = (
     "input norm",
@@ -114,9 +114,14 @@ def step(shape, table, cache, work, start, tokens, begin, end, kernel, thread, c
         else:
             count = tokens
         while chunk < done + count:
+            if last:
+                m, begin_row, end_row = locate(first, chunk - done, table)
+                if tokens == 1 and not finished(counters, done):  # read while we wait
+                    row = table.matrices[layer, m] + begin_row * table.columns[m]
+                    fetch(row, (end_row - begin_row) * table.columns[m])
             wait_for(counters, done)
             if last:
-                matmul_chunk(first, chunk - done, table, work, layer, tokens, kernel)
+                multiply(m, begin_row, end_row, table, work, layer, tokens, kernel)
             elif kind == ATTENTION:
                 attention_chunk(shape, cache, work, layer, chunk - done, start, spans, thread)
             elif stage > STAGES * shape.layers:
@@ -144,17 +149,20 @@ def stage_matrices(kind):
 
 
 @jit
-def matmul_chunk(m, chunk, table, work, layer, tokens, kernel):
-    """Some byte rows of matrix m, or of one after it, for all tokens."""
-    while True:
-        rows, columns = table.rows[m], table.columns[m]
-        size = chunk_rows(columns)
-        if chunk < ceil_div(rows, size):
-            break
-        chunk -= ceil_div(rows, size)
+def locate(m, chunk, table):
+    """Which matrix, and which of its byte rows, a chunk of a stage is: (m, first, last)."""
+    while chunk >= ceil_div(table.rows[m], chunk_rows(table.columns[m])):
+        chunk -= ceil_div(table.rows[m], chunk_rows(table.columns[m]))
         m += 1
-    first, last = chunk * size, min((chunk + 1) * size, rows)
+    size = chunk_rows(table.columns[m])
+    return m, chunk * size, min((chunk + 1) * size, table.rows[m])
+
+
+@jit
+def multiply(m, first, last, table, work, layer, tokens, kernel):
+    """Some byte rows of matrix m, for all tokens."""
     weights, out = table.matrices[layer, m], work.sums[:, table.offsets[m] :]
+    rows, columns = table.rows[m], table.columns[m]
     ternary_rows(kernel, weights, rows, columns, first, last, work.q, work.q_sum, tokens, out)
 
 
@@ -197,89 +205,29 @@ def pointwise(stage, token, shape, table, cache, work, start, spans):
             cache.values[layer, :, start + token],
         )
         return
-    if kind == INPUT:
-        if layer > 0:
-            add_scaled_sums(x, work.sums[token], x_scale * table.scales[layer - 1, 6])
+    size = shape.ffn if kind == SQUARED_RELU else shape.hidden
+    normed, sums = work.normed[token, :size], work.sums[token]
+    if stage == 0:
+        weight = table.input_norm[0]
+        normed[:] = x
+    elif kind == INPUT:
         weight = table.input_norm[layer]
+        add_sums(x, sums, x_scale * table.scales[layer - 1, 6], normed)
     elif kind == MIDDLE:
-        add_scaled_sums(x, work.sums[token], x_scale * table.scales[layer, 3])
         weight = table.middle_norm[layer]
+        add_sums(x, sums, x_scale * table.scales[layer, 3], normed)
     elif kind == HEADS:
-        x, weight = work.normed[token, : shape.hidden], table.attn_sub_norm[layer]
+        weight = table.attn_sub_norm[layer]
         slots = slice(token * spans, (token + 1) * spans)
-        join(work.mixed[slots], work.largest[slots], work.total[slots], x)
+        join(work.mixed[slots], work.largest[slots], work.total[slots], normed)
     else:
-        x, weight = work.normed[token, : shape.ffn], table.ffn_sub_norm[layer]
-        gates, ups = work.sums[token, : shape.ffn], work.sums[token, shape.ffn : 2 * shape.ffn]
-        squared_relu(
-            gates, x_scale * table.scales[layer, 4], ups, x_scale * table.scales[layer, 5], x
-        )
-    norm_and_quantize(x, weight, shape.eps, work, token, stage)
-
-
-@jit
-def add_scaled_sums(x, sums, scale):
-    """The residual: x += what the last matrix gave."""
-    for i in range(len(x)):
-        x[i] += np.float32(sums[i]) * scale
-
-
-@jit
-def squared_relu(gates, gate_scale, ups, up_scale, out):
-    """relu(gate)**2 * up, from int32 sums."""
-    for i in range(len(out)):
-        gate = max(np.float32(gates[i]) * gate_scale, np.float32(0))
-        out[i] = gate * gate * (np.float32(ups[i]) * up_scale)
-
-
-@jit
-def norm_and_quantize(x, weight, eps, work, token, stage):
-    """layers.rms_norm into work.normed, quantize.absmax_int8 into work.q, operation for operation.
-
-    NaN and Inf are reported in work.fault, and the token becomes zeros.
-    """
-    normed, q = work.normed[token, : len(x)], work.q[token, : len(x)]
-    root = math.sqrt(mean_square(x) + eps)
-    for i in range(len(x)):
-        normed[i] = weight[i] * (x[i] / root)
-    largest = largest_magnitude(normed)
-    if not largest < np.inf:
+        weight = table.ffn_sub_norm[layer]
+        gate_scale, up_scale = x_scale * table.scales[layer, 4], x_scale * table.scales[layer, 5]
+        squared_relu(sums[:size], gate_scale, sums[size:], up_scale, normed)
+    scale, q_sum, finite = norm_and_quantize(normed, weight, shape.eps, work.q[token, :size])
+    work.q_scale[token], work.q_sum[token] = scale, q_sum
+    if not finite:
         work.fault[0] = stage + 1 if work.fault[0] == 0 else min(stage + 1, work.fault[0])
-        x[:] = 0
-        normed[:] = 0
-        largest = np.float32(0)
-    inverse = np.float32(1) / max(largest, np.float32(1e-5)) * np.float32(127)
-    work.q_sum[token] = round_to_int8(normed, inverse, q)
-    work.q_scale[token] = np.float32(1) / inverse
-
-
-@sum_jit
-def mean_square(x):
-    total = np.float32(0)
-    for i in range(len(x)):
-        total += x[i] * x[i]
-    return total / np.float32(len(x))
-
-
-@jit
-def largest_magnitude(x):
-    """max |x|, NaN or Inf where x holds any: without their signs, floats order like their bits."""
-    bits, largest = x.view(np.int32), np.int32(0)
-    for i in range(len(bits)):
-        largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
-    return as_float(largest)
-
-
-@jit
-def round_to_int8(x, inverse, q):
-    """q = round half to even(x * inverse); returns the sum of q."""
-    magic = np.float32(3 << 22)  # float32 has no fraction bits up here, so that adding it rounds
-    total = np.int32(0)
-    for i in range(len(x)):
-        value = np.int32((x[i] * inverse + magic) - magic)
-        q[i] = value
-        total += value
-    return total
 
 
 @jit

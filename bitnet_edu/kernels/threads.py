@@ -112,10 +112,16 @@ def finish(counters):
 
 
 @jit
+def finished(counters, chunks):
+    """Whether `chunks` chunks are finished."""
+    return _load(counters, DONE) >= chunks
+
+
+@jit
 def wait_for(counters, chunks):
     """Return once `chunks` chunks are finished: at first by looking hard, then more politely."""
     looks = 0
-    while _load(counters, DONE) < chunks:
+    while not finished(counters, chunks):
         looks += 1
         if looks > 2000:
             _yield_core()
