@@ -11,7 +11,8 @@ class ChatSession:
 
     def __init__(self, model: BitNetLM, system: str | None = None, max_len: int | None = None):
         self.model = model
-        self.messages = [{"role": "system", "content": system}] if system else []
+        self.messages: list[dict[str, str]] = []
+        self.system = system
         self.cache = model.new_cache(max_len)
         self._cached_ids: list[int] = []
 
@@ -62,13 +63,25 @@ class ChatSession:
             raise
 
     @property
+    def system(self) -> str | None:
+        """What the model is told before the user speaks: the first message, if it is one."""
+        first = self.messages[0] if self.messages else {}
+        return first.get("content") if first.get("role") == "system" else None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        kept = [m for m in self.messages if m["role"] != "system"]
+        self.messages = [{"role": "system", "content": text}, *kept] if text else kept
+
+    @property
     def context_used(self) -> int:
         """Tokens in the KV cache."""
         return self.cache.length
 
     def clear(self) -> None:
         """Forget the conversation, but not the system prompt."""
-        self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
+        system, self.messages = self.system, []
+        self.system = system
         self.cache.truncate(0)
         self._cached_ids = []
 

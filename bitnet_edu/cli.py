@@ -1,0 +1,262 @@
+"""The command `bitnet-edu`: a function for each verb, its docstring the help text.
+
+Exit status: 0 good, 1 the check failed, 2 bad input (one line on stderr), 130 stopped by Ctrl-C.
+What a verb needs is imported when it runs, so that `--help` and mistakes answer at once.
+"""
+
+import argparse
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from bitnet_edu.errors import BitNetError, InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, where argparse prints the whole usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to fail
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except MemoryError:
+        return complain("out of memory: choose a smaller model, or close other programs")
+    except (BitNetError, OSError) as error:
+        return complain(error)
+
+
+def complain(error: BaseException | str) -> int:
+    print("bitnet-edu:", " ".join(str(error).split()), file=sys.stderr)
+    return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from bitnet_edu import __version__
+
+    parser = Parser(
+        prog="bitnet-edu",
+        description="Run, check and measure BitNet b1.58 models (BitNet from Scratch).",
+        epilog="MODEL is `tiny`, the embedded model (default), a folder with config.json, "
+        "a .gguf file, or a name on the hub such as microsoft/bitnet-b1.58-2B-4T.",
+    )
+    parser.add_argument("--version", action="version", version=f"bitnet-edu {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    verb = add_verb(verbs, chat, "bitnet-edu chat", "bitnet-edu chat --system 'Be brief.'")
+    add_model(verb)
+    verb.add_argument("--system", metavar="TEXT", help="what the model is told before you speak")
+    add_sampling(verb, tokens=512)
+
+    verb = add_verb(
+        verbs,
+        generate,
+        "bitnet-edu generate --prompt 'Once upon a time' -n 40",
+        "bitnet-edu generate --chat --prompt 'What is a ternary weight?' --json",
+        "cat question.txt | bitnet-edu generate --chat",
+    )
+    add_model(verb)
+    verb.add_argument("--prompt", metavar="TEXT", help="the text to continue (default: stdin)")
+    verb.add_argument("--chat", action="store_true", help="the prompt is a question: answer it")
+    add_sampling(verb, tokens=128)
+    add_json(verb)
+
+    verb = add_verb(
+        verbs,
+        verify,
+        "bitnet-edu verify",
+        "bitnet-edu verify path/to/model --tokens 20 --layers",
+        "bitnet-edu verify --json | python -m json.tool",
+    )
+    add_model(verb)
+    verb.add_argument(
+        "--tokens", type=int, default=200, metavar="N", help="to generate (default 200)"
+    )
+    verb.add_argument("--layers", action="store_true", help="also compare layer by layer")
+    add_json(verb)
+
+    verb = add_verb(verbs, info, "bitnet-edu info", "bitnet-edu info model.gguf --json")
+    add_model(verb)
+    add_json(verb)
+
+    add_json(add_verb(verbs, doctor, "bitnet-edu doctor"))
+    return parser
+
+
+def add_verb(verbs: Any, run: Callable[[argparse.Namespace], int], *examples: str) -> Parser:
+    """A verb with the name of its function; the docstring's first line is its help."""
+    text = inspect.getdoc(run)
+    verb = verbs.add_parser(
+        run.__name__,
+        help=text.splitlines()[0].split(". ")[0].removesuffix("."),
+        description=text,
+        epilog="examples:\n  " + "\n  ".join(examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.set_defaults(run=run)
+    return verb
+
+
+def add_model(verb: Parser) -> None:
+    verb.add_argument("model", nargs="?", default="tiny", metavar="MODEL", help="default: tiny")
+    verb.add_argument(
+        "--ternarize", action="store_true", help="take dense weights too, and round them to ternary"
+    )
+
+
+def add_sampling(verb: Parser, tokens: int) -> None:
+    most = f"most tokens to make (default {tokens})"
+    verb.add_argument("-n", "--max-new-tokens", type=int, default=tokens, metavar="N", help=most)
+    verb.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 (default): always the best token",
+    )
+    verb.add_argument("--top-k", type=int, metavar="K", help="choose among the K best tokens")
+    verb.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="choose among the best that make up this share, 0 to 1",
+    )
+    verb.add_argument("--seed", type=int, metavar="S", help="the same seed, the same text")
+    verb.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
+    )
+
+
+def add_json(verb: Parser) -> None:
+    verb.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+    return {name: getattr(args, name) for name in names}
+
+
+def print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value))
+
+
+def console() -> Any:
+    """rich's console: colours and width of the terminal, neither of them in a pipe."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+# --- The verbs -----------------------------------------------------------------------------------
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Talk to a model. Ctrl-C stops the answer, not the chat; /help lists the commands."""
+    import bitnet_edu
+    from bitnet_edu.terminal import Terminal
+
+    model = bitnet_edu.load(args.model, ternarize=args.ternarize)
+    session = bitnet_edu.ChatSession(model, args.system)
+    return Terminal(session, args.model, sampling_of(args), console()).run()
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Continue a text. The prompt goes in as it is; --chat puts it into the chat template.
+
+    tokens_per_second, in the JSON object, counts from the first token on.
+    """
+    import bitnet_edu
+    from bitnet_edu.terminal import Clock
+
+    if args.prompt is None and sys.stdin.isatty():
+        raise InputError("there is no prompt: give one with --prompt, or pipe a text in")
+    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    model = bitnet_edu.load(args.model, ternarize=args.ternarize)
+    tokenizer = model.require_tokenizer()
+    if args.chat:
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+    else:
+        ids = tokenizer.encode(prompt)
+    if not ids:
+        raise InputError("the prompt is empty, and this tokenizer has no start token: write some")
+    made, text, clock = [], "", Clock()
+    for piece in model.stream(ids, made=made, **sampling_of(args)):
+        clock.see(len(made))
+        text += piece
+        if not args.json:
+            print(piece, end="", flush=True)
+    clock.see(len(made))
+    if args.json:
+        speed = clock.tokens_per_second
+        print_json({"text": text, "ids": made, "prompt_ids": ids, "tokens_per_second": speed})
+    else:
+        print()
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Compare this engine, the NumPy reference and transformers on the same tokens.
+
+    The three hold a conversation of N generated tokens. Where an activation sits on a rounding
+    boundary their int8 codes may differ by a step: each such flip is located and checked. Exit
+    status 1 if any other difference is found. Needs torch and transformers.
+    """
+    from bitnet_edu.verify import render
+    from bitnet_edu.verify import verify as compare
+
+    report = compare(args.model, args.tokens, ternarize=args.ternarize)
+    if args.json:
+        print_json(report.as_json())
+    else:
+        console().print(render(report, args.layers))
+    return 0 if report.ok else 1
+
+
+def info(args: argparse.Namespace) -> int:
+    """Show what a model is made of: shapes, dtypes, sizes, the share of zeros in each layer."""
+    from bitnet_edu.describe import describe, render
+
+    description = describe(args.model, ternarize=args.ternarize)
+    if args.json:
+        print_json(description)
+    else:
+        console().print(render(description))
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Check whether this machine is ready for the book or the workshop.
+
+    Looks at versions, processor, threads, memory, disk and network, multiplies with every kernel
+    that the processor can run, and lets the embedded model answer. Exit status 1 if something
+    that the book needs is missing.
+    """
+    from bitnet_edu.doctor import examine, render
+
+    findings = examine()
+    ok = all(finding.status != "bad" for finding in findings)
+    if args.json:
+        print_json({"ok": ok, "checks": [finding._asdict() for finding in findings]})
+    else:
+        console().print(render(findings))
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
