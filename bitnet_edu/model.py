@@ -13,6 +13,7 @@ import numpy as np
 
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
 from bitnet_edu.kernels.attention import PAD, SPAN, TILE
+from bitnet_edu.kernels.head import Screen
 from bitnet_edu.kernels.simd import MAX_COLUMNS, kernel_index, kernel_name
 from bitnet_edu.kernels.step import (
     DOWN,
@@ -125,10 +126,26 @@ class BitNet:
         self._table = self._make_table()
         self._bytes = sum(packed.nbytes for row in self._packed for packed in row)
         self._work: Work | None = None
+        self._screen: Screen | None = None
 
     def new_cache(self, max_len: int | None = None, dtype: type = np.float32) -> KVCache:
         """An empty KV cache for up to `max_len` tokens (default: the model's whole context)."""
         return KVCache(self.config, max_len or self.config.max_position_embeddings, dtype)
+
+    def screen_head(self, top_k: int = 1) -> None:
+        """From now on `forward` reads half the head, and only its `top_k` best logits are exact.
+
+        They are the best ones beyond doubt (see kernels/head.py), so greedy decoding, and sampling
+        from up to `top_k` words, do not change; the other logits are a little off. Costs
+        one byte for each number of the head, and a second or two.
+        """
+        if not 1 <= top_k <= self.config.vocab_size:
+            raise InputError(f"top_k must be 1 to {self.config.vocab_size}, not {top_k}")
+        screen = self._screen or Screen(self._head)
+        with self._lock:
+            self._screen, self._exact = screen, top_k
+            codes = screen.codes.ctypes.data
+            self._table = self._table._replace(head=codes, head_bytes=1, head_scales=screen.scales)
 
     def logits(self, ids: np.ndarray, observe: Observer | None = None) -> np.ndarray:
         """Scores after every prefix of the sequence: int[T] -> float32[T, vocab].
@@ -140,9 +157,7 @@ class BitNet:
         hidden = np.empty((len(ids), self.config.hidden_size), np.float32)
         self._body(ids, self.new_cache(len(ids)), hidden, observe)
         scores = np.empty((len(ids), self.config.vocab_size), np.float32)
-        for first in range(
-            0, len(self._head), 8192
-        ):  # float32 copies of a few rows, not of the head
+        for first in range(0, len(self._head), 8192):  # float32 copies of some rows at a time
             rows = slice(first, first + 8192)
             scores[:, rows] = hidden @ self._head[rows].astype(np.float32).T
         return scores
@@ -191,6 +206,9 @@ class BitNet:
                 work = self._run(tile, cache, cache.length + first, want_logits, observe)
                 if hidden is not None:
                     hidden[first : first + len(tile)] = work.normed[: len(tile), : hidden.shape[1]]
+            if hidden is None and self._screen:
+                x = work.normed[len(tile) - 1, : self._shape.hidden]
+                self._screen.settle(work.logits, x, self._exact)
             cache.length += len(ids)
             return hidden if hidden is not None else work.logits.copy()
 
@@ -265,6 +283,7 @@ class BitNet:
             np.array([layer.ffn_sub_norm for layer in layers], np.float32),
             self._head.ctypes.data,
             self._head.itemsize,
+            np.empty(0, np.float32),
         )
 
     def _make_work(self) -> Work:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
+from bitnet_edu.kernels.head import Screen
 from bitnet_edu.kernels.simd import supported_kernels
 from bitnet_edu.model import BATCH, BitNet
 from bitnet_edu.reference import BitNetReference
@@ -190,3 +191,40 @@ def test_nan_and_inf_are_reported(value, where):
     with pytest.raises(BitNetError, match=f"NaN or Inf .*{expected}"):
         model.forward([1, 2, 7], cache)
     assert cache.length == 0
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+@pytest.mark.parametrize("top_k", [1, 10])
+def test_screened_head_finds_the_same_best_words_with_the_same_logits(dtype, top_k):
+    model = model_of(config(vocab=2000, hidden=256, heads=4), dtype=dtype, tied=False)
+    head = model.weights.lm_head
+    head[50:90] = head[7]  # many near-equals that int8 cannot tell apart
+    head[50:90, :3] += np.random.default_rng(1).normal(0, 0.02, (40, 3)).astype(dtype)
+    head[90] = 0
+    model = BitNet(model.config, model.weights)
+    prompts = [ids_of(model.config, 5, seed) for seed in range(30)]
+    exact = [model.forward(ids, model.new_cache(5)) for ids in prompts]
+    model.screen_head(top_k)
+    for ids, expected in zip(prompts, exact, strict=True):
+        found = model.forward(ids, model.new_cache(5))
+        best = np.argsort(-expected, kind="stable")[:top_k]
+        np.testing.assert_array_equal(np.argsort(-found, kind="stable")[:top_k], best)
+        np.testing.assert_array_equal(found[best], expected[best])
+        assert 0 < difference(found, expected) < 0.02  # the others are a little off
+    with pytest.raises(InputError, match="top_k"):
+        model.screen_head(0)
+
+
+def test_the_screen_bounds_its_error():
+    rng = np.random.default_rng(0)
+    head = rng.standard_cauchy((500, 130)).astype(np.float32)
+    screen = Screen(head)
+    for _ in range(20):
+        x = (rng.standard_normal(130) * 10.0 ** rng.integers(-3, 4, 130)).astype(np.float32)
+        exact = head.astype(np.float64) @ x.astype(np.float64)
+        screened = screen.scales * (screen.codes.astype(np.float32) @ x)
+        error = np.abs(exact - screened)
+        assert (error <= screen.slack * np.linalg.norm(x.astype(np.float64))).all()
+        logits = screened.copy()
+        assert 1 <= screen.settle(logits, x, 1) < 500
+        assert logits.argmax() == exact.argmax()

@@ -1,5 +1,9 @@
 """How this package compiles, and small things that Numba cannot say."""
 
+import functools
+import hashlib
+from pathlib import Path
+
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
@@ -8,11 +12,30 @@ from numba.extending import intrinsic
 # Compiled code raises nothing: a thread that stopped half-way would leave the others waiting.
 # So division follows NumPy, and NaN is looked for where it matters (`step.norm_and_quantize`).
 OPTIONS = {"nogil": True, "error_model": "numpy"}
-inner = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-jit = njit(**inner)
+INNER = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+jit = njit(**INNER)
 # Sums in any order, so that they vectorize. NaN and Inf stay what they are.
-sum_jit = njit(**inner, fastmath={"reassoc", "nsz"})
-cached_jit = njit(**OPTIONS, cache=True)
+sum_jit = njit(**INNER, fastmath={"reassoc", "nsz"})
+
+
+def cached_jit(function):
+    """What Python calls: compiled once per machine and version of *any* file of this folder.
+
+    Numba keeps machine code beside the source or, if that is read-only, in the user's cache folder,
+    and looks only at the file that `function` is in. With no place to write, each process compiles.
+    """
+    try:
+        compiled = njit(**OPTIONS, cache=True)(function)
+    except RuntimeError:
+        return njit(**OPTIONS)(function)
+    compiled._cache._cache_file._source_stamp = _sources()
+    return compiled
+
+
+@functools.cache
+def _sources() -> str:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @jit

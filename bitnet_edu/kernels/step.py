@@ -8,10 +8,10 @@ lie only the buffers of `Work`, made once: nothing is allocated while tokens are
 from typing import NamedTuple
 
 import numpy as np
-from numba import carray
 
 from bitnet_edu.kernels.attention import SPAN, attend, join, rotate_and_store
-from bitnet_edu.kernels.bits import as_float, cached_jit, ceil_div, jit, pointer, sum_jit
+from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit
+from bitnet_edu.kernels.head import chunk_words, head_rows
 from bitnet_edu.kernels.pointwise import add_sums, norm_and_quantize, squared_relu
 from bitnet_edu.kernels.simd import chunk_rows, fetch, ternary_rows
 from bitnet_edu.kernels.threads import finish, finished, take, wait_for
@@ -30,7 +30,6 @@ STAGE_NAMES = (
 )
 STAGES = len(STAGE_NAMES)
 INPUT, QKV, ROTATION, ATTENTION, HEADS, OUTPUT, MIDDLE, GATE_UP, SQUARED_RELU, DOWN = range(STAGES)
-HEAD_CHUNK = 163840  # bytes of the head that a thread takes at a time
 
 
 class Shape(NamedTuple):
@@ -58,8 +57,9 @@ class Table(NamedTuple):
     middle_norm: np.ndarray  # float32[layers, hidden]
     attn_sub_norm: np.ndarray  # float32[layers, hidden]
     ffn_sub_norm: np.ndarray  # float32[layers, ffn]
-    head: int  # address of bfloat16 or float32[vocab, hidden]
-    head_bytes: int  # in a number of the head: 2 or 4
+    head: int  # address of [vocab, hidden], in the dtype that head_bytes tells
+    head_bytes: int  # 4: float32, 2: bfloat16, 1: int8 times head_scales
+    head_scales: np.ndarray  # float32[vocab] or [0]
 
 
 class Work(NamedTuple):
@@ -110,7 +110,8 @@ def step(shape, table, cache, work, start, tokens, begin, end, kernel, thread, c
         elif kind == ATTENTION:
             count = tokens * shape.kv_heads * spans
         elif stage > STAGES * shape.layers:
-            count = ceil_div(shape.vocab, head_rows(shape, table))
+            size = chunk_words(shape.hidden, table.head_bytes)
+            count = ceil_div(shape.vocab, size)
         else:
             count = tokens
         while chunk < done + count:
@@ -125,7 +126,17 @@ def step(shape, table, cache, work, start, tokens, begin, end, kernel, thread, c
             elif kind == ATTENTION:
                 attention_chunk(shape, cache, work, layer, chunk - done, start, spans, thread)
             elif stage > STAGES * shape.layers:
-                head_chunk(shape, table, work, chunk - done, tokens - 1)
+                first_word = (chunk - done) * size
+                last_word, x = min(first_word + size, shape.vocab), work.normed[tokens - 1]
+                head_rows(
+                    table.head,
+                    table.head_bytes,
+                    table.head_scales,
+                    x[: shape.hidden],
+                    first_word,
+                    last_word,
+                    work.logits,
+                )
             else:
                 pointwise(stage, chunk - done, shape, table, cache, work, start, spans)
             finish(counters)
@@ -209,7 +220,8 @@ def pointwise(stage, token, shape, table, cache, work, start, spans):
     normed, sums = work.normed[token, :size], work.sums[token]
     if stage == 0:
         weight = table.input_norm[0]
-        normed[:] = x
+        for i in range(size):
+            normed[i] = x[i]
     elif kind == INPUT:
         weight = table.input_norm[layer]
         add_sums(x, sums, x_scale * table.scales[layer - 1, 6], normed)
@@ -228,38 +240,3 @@ def pointwise(stage, token, shape, table, cache, work, start, spans):
     work.q_scale[token], work.q_sum[token] = scale, q_sum
     if not finite:
         work.fault[0] = stage + 1 if work.fault[0] == 0 else min(stage + 1, work.fault[0])
-
-
-@jit
-def head_rows(shape, table):
-    return max(1, HEAD_CHUNK // (shape.hidden * table.head_bytes))
-
-
-@jit
-def head_chunk(shape, table, work, chunk, token):
-    """Exact logits of some rows of the vocabulary."""
-    size = head_rows(shape, table)
-    x = work.normed[token, : shape.hidden]
-    for r in range(chunk * size, min((chunk + 1) * size, shape.vocab)):
-        row = table.head + r * shape.hidden * table.head_bytes
-        if table.head_bytes == 2:
-            work.logits[r] = dot_bfloat16(x, carray(pointer(row, np.uint16), shape.hidden))
-        else:
-            work.logits[r] = dot(x, carray(pointer(row, np.float32), shape.hidden))
-
-
-@sum_jit
-def dot(x, row):
-    total = np.float32(0)
-    for i in range(len(x)):
-        total += x[i] * row[i]
-    return total
-
-
-@sum_jit
-def dot_bfloat16(x, row):
-    """bfloat16 is the upper half of a float32."""
-    total = np.float32(0)
-    for i in range(len(x)):
-        total += x[i] * as_float(np.int64(row[i]) << 16)
-    return total
