@@ -19,7 +19,7 @@ import numpy as np
 
 from bitnet_edu.checkpoint import MATRICES, NORMS, parse_scheme, read_json
 from bitnet_edu.errors import BitNetError, CheckpointError, InputError
-from bitnet_edu.gguf_io import write_gguf
+from bitnet_edu.gguf_io import template_note, write_gguf
 from bitnet_edu.packing import unpack_hf
 from bitnet_edu.quantize import absmean_ternary
 from bitnet_edu.sources import find_model, read_model
@@ -38,10 +38,17 @@ TOKENIZER_FILES = (
 )
 
 
+class Conversion(NamedTuple):
+    """What was written, and what its user should know."""
+
+    format: str
+    notes: list[str]
+
+
 def convert(
     source: str, destination: Path, to: str | None = None, i2s_block: int | None = None
-) -> str:
-    """Write the model `source` as `destination`, a new folder or .gguf file; return the format.
+) -> Conversion:
+    """Write the model `source` as `destination`, a new folder or .gguf file.
 
     source: as for `bitnet_edu.load`, or "random-2b4t" for random weights of the full 2B4T shape.
     to: one of FORMATS, by default what the name of `destination` suggests. i2s_block: 128 or 64,
@@ -54,19 +61,38 @@ def convert(
     _check(destination, to, i2s_block)
     if source == "random-2b4t":
         folder, config, weights, tokenizer = None, BITNET_2B4T, random_weights(BITNET_2B4T), None
+        notes = []
     else:
         path = find_model(source)
         folder = path if path.is_dir() else None
         if folder and to == "hf-bf16" and is_master(folder):
             raise InputError(f"{source} is a bf16 master already: copy the folder")
         config, weights, tokenizer = read_model(path, i2s_block=i2s_block)
+        notes = [note for note in (template_note(path, tokenizer),) if note]
     with _all_or_nothing(destination, _size(weights, to)) as temporary:
         if to == "gguf-i2s":
             write_gguf(temporary, config, weights, tokenizer, (folder and i2s_block) or 128)
+            notes += _rounding_note(weights.embedding)
         else:
             write_folder(temporary, config, weights, master=to == "hf-bf16")
             _write_tokenizer(temporary, config, tokenizer, folder)
-    return to
+    if to == "hf-bf16":
+        notes.append(
+            "these master weights ternarize to the same model; they are not the training's"
+        )
+    return Conversion(to, notes)
+
+
+def _rounding_note(embedding: np.ndarray) -> list[str]:
+    changed, most = 0, 0.0
+    for rows in np.array_split(embedding, -(-embedding.size // 2**22)):
+        exact = rows.astype(np.float32)
+        difference = np.abs(rows.astype(np.float16).astype(np.float32) - exact)
+        changed, most = changed + np.count_nonzero(difference), max(most, float(difference.max()))
+    if not changed:
+        return []
+    values = f"{changed:,} of {embedding.size:,} embedding values"
+    return [f"{values} were rounded, by at most {most:.1e}: bitnet.cpp stores them as float16"]
 
 
 def is_master(folder: Path) -> bool:

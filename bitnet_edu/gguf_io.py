@@ -366,6 +366,16 @@ def _read_tokenizer(metadata: dict[str, Any], config: BitNetConfig, path: Path) 
         raise CheckpointError(f"{path}: the embedded tokenizer is damaged: {error}") from None
 
 
+def template_note(path: Path, tokenizer: Tokenizer | None) -> str | None:
+    """What to tell whoever uses a GGUF file with another chat template than the tokenizer has."""
+    if path.is_dir() or not tokenizer:
+        return None
+    template = read_header(path).metadata.get("tokenizer.chat_template", tokenizer.chat_template)
+    if template == tokenizer.chat_template:
+        return None
+    return f"the chat template in {path.name} is not the model's own: the right one is used instead"
+
+
 def _llama_bpe(metadata: dict[str, Any], bos: str) -> HFTokenizer:
     """Rebuild Llama 3's tokenizer from its tokens and merges."""
     tokens = metadata["tokenizer.ggml.tokens"]

@@ -86,7 +86,7 @@ def test_each_format_from_each_is_exact(tmp_path, source, first):
         with pytest.raises(InputError, match="a bf16 master already"):
             convert(source, middle, first)
         return
-    assert convert(source, middle, first) == first
+    assert convert(source, middle, first).format == first
     for form in FORMATS:
         if form == first == "hf-bf16":
             continue
@@ -146,6 +146,22 @@ def test_master_weights_ternarize_to_exactly_what_they_stand_for(
     found, found_scale = absmean_ternary(weights)
     np.testing.assert_array_equal(found, codes)
     assert found_scale == scale
+
+
+def test_what_one_should_know_is_said(tmp_path):
+    real = str(write_real(tmp_path / "real.gguf"))
+    assert convert(real, tmp_path / "a").notes == [
+        "the chat template in real.gguf is not the model's own: the right one is used instead"
+    ]
+    assert convert(str(tmp_path / "a"), tmp_path / "a.gguf").notes == []
+    assert convert(str(tmp_path / "a.gguf"), tmp_path / "b").notes == []
+    (note,) = convert(str(tmp_path / "a"), tmp_path / "c", "hf-bf16").notes
+    assert "not the training's" in note
+    source = str(write(tmp_path / "model", Recipe("packed", "float32", **WIDE)))
+    (note,) = convert(source, tmp_path / "d.gguf").notes
+    before, after = read(source)[1].embedding, read(tmp_path / "d.gguf")[1].embedding
+    assert note.startswith(f"{np.count_nonzero(before != after):,} of {before.size:,} embedding")
+    assert f"at most {np.abs(before - after).max():.1e}" in note
 
 
 def test_codes_times_scale_would_not_do():
