@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from bitnet_edu.errors import BitNetError, InputError
@@ -93,6 +94,35 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = add_verb(verbs, info, "bitnet-edu info", "bitnet-edu info model.gguf --json")
     add_model(verb)
+    add_json(verb)
+
+    verb = add_verb(
+        verbs,
+        convert,
+        "bitnet-edu convert tiny tiny.gguf",
+        "bitnet-edu convert microsoft/bitnet-b1.58-2B-4T-gguf my-bitnet",
+        "bitnet-edu convert my-bitnet my-master --to hf-bf16",
+        "bitnet-edu convert random-2b4t speed-test",
+    )
+    verb.add_argument("source", metavar="SRC", help="a MODEL, or random-2b4t")
+    verb.add_argument("destination", metavar="DST", help="a new folder, or a new .gguf file")
+    form = "hf-packed, hf-bf16 or gguf-i2s (default: gguf-i2s for a .gguf file, else hf-packed)"
+    verb.add_argument("--to", metavar="FORMAT", help=form)
+    block = "I2_S layout of SRC if that is a GGUF file, else of DST: 128 (default) or 64 (Arm)"
+    verb.add_argument("--i2s-block", type=int, metavar="N", help=block)
+    add_json(verb)
+
+    verb = add_verb(
+        verbs,
+        download,
+        "bitnet-edu download",
+        "bitnet-edu download microsoft/bitnet-b1.58-2B-4T-gguf",
+        "HF_ENDPOINT=https://a.mirror bitnet-edu download",
+    )
+    model = "default: microsoft/bitnet-b1.58-2B-4T, 1.2 GB"
+    verb.add_argument("repo", nargs="?", metavar="REPO", help=model)
+    revision = "branch, tag or commit (default: the one that the book speaks of)"
+    verb.add_argument("--revision", metavar="REV", help=revision)
     add_json(verb)
 
     add_json(add_verb(verbs, doctor, "bitnet-edu doctor"))
@@ -237,6 +267,47 @@ def info(args: argparse.Namespace) -> int:
         print_json(description)
     else:
         console().print(render(description))
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Write a model in another format: safetensors, packed or bf16, or bitnet.cpp's GGUF.
+
+    Ternary codes, scales and norms stay exactly the same. DST appears when all is written, and
+    never replaces anything. SRC random-2b4t stands for random weights of the full 2B4T shape, to
+    measure with. hf-bf16 holds master weights that ternarize to the same model.
+    """
+    from bitnet_edu.convert import convert as write
+
+    done = write(args.source, args.destination, args.to, args.i2s_block)
+    path = Path(args.destination)
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files)
+    if args.json:
+        print_json({"path": str(path), "bytes": size, **done._asdict()})
+        return 0
+    print(f"{path}: {done.format}, {size:,} bytes")
+    for note in done.notes:
+        print(f"note: {note}")
+    return 0
+
+
+def download(args: argparse.Namespace) -> int:
+    """Fetch a model from the Hugging Face hub into its cache, and print the folder.
+
+    A large file that was cut off continues where it stopped; every file's checksum is checked.
+    HF_ENDPOINT (a mirror), HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are respected.
+    """
+    from bitnet_edu.download import MODEL
+    from bitnet_edu.download import download as fetch
+
+    repo = args.repo or MODEL
+    folder = fetch(repo, args.revision)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if args.json:
+        print_json({"repo": repo, "path": str(folder), "revision": folder.name, "bytes": size})
+    else:
+        print(folder)
     return 0
 
 

@@ -262,7 +262,7 @@ def _explain(error: BaseException, repo: str) -> str:
             return f"{hub} has no {repo}, or not this revision or file of it: check the name"
         if status is not None:
             return f"{hub} answered with status {status}: try again later"
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    reason = str(chain[-1]).strip().split("\n")[0] or type(chain[-1]).__name__
     return (
         f"the transfer from {hub} failed ({reason}): check the network, or set HF_ENDPOINT to a "
         "mirror, and try again; a large file continues where it stopped"

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bitnet_edu import BitNetError, CheckpointError, InputError, load
+from bitnet_edu import BitNetError, CheckpointError, InputError, cli, load
 from bitnet_edu import convert as module
 from bitnet_edu.convert import (
     FORMATS,
@@ -236,6 +236,22 @@ def test_random_2b4t_is_a_model_of_that_shape(tmp_path, monkeypatch):
     assert tokenizer is None
     assert_equal(weights, random_weights(small), False)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_command(tmp_path, capsys):
+    assert cli.main(["convert", "tiny", str(tmp_path / "a.gguf"), "--i2s-block", "64"]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'a.gguf'}: gguf-i2s, ")
+    command = ["convert", str(tmp_path / "a.gguf"), str(tmp_path / "b"), "--to", "hf-bf16"]
+    assert cli.main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    size = sum(path.stat().st_size for path in (tmp_path / "b").iterdir())
+    assert (told["format"], told["bytes"]) == ("hf-bf16", size)
+    assert len(told["notes"]) == 1
+    assert cli.main(command) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "exists already" in err
+    assert err.count("\n") == 1
 
 
 REFUSED = {

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from gguf_files import write_real
 from hub import COMMIT, Hub, running
 from huggingface_hub import constants, file_download
 
-from bitnet_edu import DownloadError, load
+from bitnet_edu import DownloadError, cli, load
 from bitnet_edu import download as module
 from bitnet_edu.download import MODEL, PINS, Pin, download, is_cached
 from bitnet_edu.sources import TINY, find_model
@@ -252,7 +253,7 @@ def test_offline_mode_without_the_model(hub, monkeypatch):
 
 def test_no_network(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(DownloadError, match="check the network, or set HF_ENDPOINT to a mirror"):
+    with pytest.raises(DownloadError, match=r"refused.*: check the network, or set HF_ENDPOINT"):
         download(NAME)
 
 
@@ -308,6 +309,17 @@ def test_a_full_disk_before_and_during_the_transfer(hub, tmp_path, monkeypatch):
     with pytest.raises(DownloadError, match="no room on the disk"):
         download(NAME)
     assert not leftovers(tmp_path / "cache")
+
+
+def test_the_command_prints_the_folder(hub, files, capsys):
+    assert cli.main(["download", NAME]) == 0
+    assert capsys.readouterr().out.strip() == str(download(NAME))
+    assert cli.main(["download", NAME, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    size = sum(len(data) for name, data in files.items() if not name.endswith((".py", ".bin")))
+    assert told == {"repo": NAME, "path": str(download(NAME)), "revision": COMMIT, "bytes": size}
+    assert cli.main(["download", "nobody/nothing"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_environment_variables_are_respected(hub, files, tmp_path):
