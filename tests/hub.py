@@ -30,10 +30,12 @@ class Hub:
     status: int | None = None  # answer every request with this
     error_code: str = ""  # and the hub's own name for it
     cut_after: list[int] = field(default_factory=list)  # drop connections after so many bytes
+    stall_after: int | None = None  # send so many bytes of a large file and then nothing
     damage: bool = False  # flip a byte of each large file
     ranges: bool = True  # serve the rest of a file when asked for it
     asked: list[tuple[str, str]] = field(default_factory=list)  # method and path
     transfers: list[tuple[str, str | None]] = field(default_factory=list)  # large file, Range
+    released: threading.Event = field(default_factory=threading.Event)  # ends a stall
     tokens: set[tuple[str, str | None]] = field(default_factory=set)  # "hub" or "cdn", token
 
     @property
@@ -121,6 +123,10 @@ def running() -> Iterator[Hub]:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command == "HEAD":
+                return
+            if cuts is not None and hub.stall_after:
+                self.wfile.write(body[: hub.stall_after])
+                self.close_connection = hub.released.wait(60)
                 return
             if cuts:
                 body = body[: cuts.pop(0)]

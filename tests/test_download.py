@@ -157,6 +157,35 @@ def test_a_broken_download_is_reported_and_the_next_one_continues(
     assert not leftovers(tmp_path / "cache")
 
 
+KILLED = f"""
+from huggingface_hub import constants
+from bitnet_edu import download
+constants.DOWNLOAD_CHUNK_SIZE, download.LARGE = 1000, 100_000
+print(download.download({NAME!r}))
+"""
+
+
+def test_a_killed_download_continues_too(hub, files, tmp_path):
+    """A process that has no time to tidy up."""
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    hub.stall_after = len(files[WEIGHTS]) // 2
+    run = [sys.executable, "-c", KILLED]
+    with subprocess.Popen(run, env=environment, stdout=subprocess.DEVNULL) as process:
+        kept = 0
+        while kept < hub.stall_after - 100_000:
+            kept = sum(path.stat().st_size for path in tmp_path.rglob("*.incomplete"))
+            assert process.poll() is None
+            hub.released.wait(0.05)
+        process.kill()
+    hub.released.set()
+    hub.stall_after = None
+    kept = next(tmp_path.rglob("*.incomplete")).stat().st_size
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+    assert (Path(done.stdout.strip()) / WEIGHTS).read_bytes() == files[WEIGHTS]
+    assert hub.transfers == [(WEIGHTS, None), (WEIGHTS, f"bytes={kept}-")]
+
+
 def test_a_server_that_cannot_continue_starts_again(hub, files, monkeypatch):
     hub.ranges = False
     hub.cut_after = [len(files[WEIGHTS]) // 2]
