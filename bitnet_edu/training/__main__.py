@@ -1,7 +1,7 @@
 """Retrain the embedded model: `python -m bitnet_edu.training --out FOLDER`.
 
 About 50 minutes on two processor cores that have bf16 arithmetic, longer elsewhere. After every
-250 steps the model so far is saved. The same seed gives the same corpus and the same start; the
+500 steps the model so far is saved. The same seed gives the same corpus and the same start; the
 weights that come out still depend on the machine's floating point.
 """
 
@@ -25,7 +25,7 @@ QUICK_STEPS = 200
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bitnet_edu.training", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
-    parser.add_argument("--steps", type=int, help=f"of 4096 tokens (default: {Recipe.steps})")
+    parser.add_argument("--steps", type=int, help=f"of 2048 tokens (default: {Recipe.steps})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's choice)")
     parser.add_argument("--quick", action="store_true", help="a toy model in about a minute")
@@ -47,7 +47,7 @@ def main() -> None:
         speed = progress.tokens / progress.seconds
         if progress.step % 50 == 0:
             print(f"{progress.step}/{steps}: loss {progress.loss:.3f}, {speed:.0f} tokens/s")
-        if progress.step % 250 == 0:
+        if progress.step % 500 == 0:
             export(model, tokenizer, options.out)
             print(f"held-out loss {held_out_loss(model, tokenizer):.4f}, saved to {options.out}")
 

@@ -183,9 +183,14 @@ class BitNetForTraining(nn.Module):
         cos, sin = rope_tables(shape, shape.max_position_embeddings)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+                # Of size 1 after every projection; what blocks add to the residual stream is
+                # smaller, so that twelve of them don't drown the embedding.
+                std = parameter.shape[1] ** -0.5
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std /= (2 * shape.num_hidden_layers) ** 0.5
+                nn.init.normal_(parameter, std=std)
 
     def hidden_states(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """int64[B, T] -> float32[B, T, hidden], after the final norm.

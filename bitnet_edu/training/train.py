@@ -26,8 +26,8 @@ from bitnet_edu.training.tokenizer import train_tokenizer
 class Recipe:
     """How long and how fast to train; a batch has rows * length tokens."""
 
-    steps: int = 2800
-    rows: int = 32
+    steps: int = 4000
+    rows: int = 16
     length: int = 128
     peak_rates: tuple[float, float] = (2.0e-3, 1.3e-3)  # first and second half
     weight_decay: float = 0.1  # first half; the second has none
