@@ -177,7 +177,7 @@ def parse_scheme(raw: Mapping[str, Any], path: Path, ternarize: bool = False) ->
             return "master"
         raise CheckpointError(
             f"{path} has no quantization_config, so transformers runs it with dense weights: "
-            "load it with ternarize=True if its weights are meant to be ternarized"
+            "ask for ternarize=True (--ternarize) if they are meant to be ternarized"
         )
     if not isinstance(quantization, dict):
         raise fault(path, "quantization_config", "a JSON object", repr(quantization))

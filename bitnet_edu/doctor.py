@@ -1,4 +1,4 @@
-"""Is this machine ready for the book or a workshop? A finding for each thing that could be wrong."""
+"""Is this machine ready for the book or a workshop? One finding for each thing to look at."""
 
 import sys
 import threading

@@ -173,15 +173,18 @@ def verify(source: str = "tiny", tokens: int = 200, *, ternarize: bool = False) 
     """
     path = model_folder(source)
     model = load_source(str(path), ternarize=ternarize)
-    return compare(model, load_transformers(path, ternarize=ternarize), prompts_of(model), tokens)
+    conversation, made = converse(model, prompts_of(model), tokens)
+    return compare(model, load_transformers(path, ternarize=ternarize), conversation, made)
 
 
 def compare(
-    model: BitNetLM, theirs: "BitNetForCausalLM", prompts: Sequence[Sequence[int]], tokens: int
+    model: BitNetLM, theirs: "BitNetForCausalLM", conversation: Sequence[int], made: Sequence[int]
 ) -> Report:
-    """Run `model`, the reference on its weights, and transformers' model on the same tokens."""
-    conversation, made = converse(model, prompts, tokens)
-    ids = np.array(conversation[:-1])
+    """Run `model`, the reference on its weights, and transformers' model on the same tokens.
+
+    conversation: token ids, made: the places in it of those that the model generated (`converse`).
+    """
+    ids, tokens = np.array(conversation[:-1]), len(made)
     reference = BitNetReference(model.config, model.weights)
     plain = reference.logits(ids)
 
@@ -194,7 +197,7 @@ def compare(
 
     # the three generate the same text if, after every prefix of it, they choose the same token
     before = np.array(made) - 1
-    chosen, rows = np.array(conversation)[made], engine_logits[before]
+    chosen, rows = np.array(conversation)[before + 1], engine_logits[before]
     others = np.array([plain[before].argmax(axis=-1), greedy_choices(theirs, conversation, made)])
     lead = rows[np.arange(tokens), chosen] - rows[np.arange(tokens), others]
     difference = float(np.abs(engine_logits - their_logits).max())

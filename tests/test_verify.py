@@ -25,7 +25,11 @@ def random_prompt(seed: int = 0, tokens: int = 60) -> list[int]:
 def report_on(folder: Path, seed: int = 0, **options) -> verify.Report:
     model = load(str(folder), **options)
     theirs = verify.load_transformers(folder, **options)
-    return verify.compare(model, theirs, [random_prompt(seed)], TOKENS)
+    return compare(model, theirs, TOKENS, seed)
+
+
+def compare(model, theirs, tokens: int = 4, seed: int = 0) -> verify.Report:
+    return verify.compare(model, theirs, *verify.converse(model, [random_prompt(seed)], tokens))
 
 
 def assert_proved(report: verify.Report) -> None:
@@ -175,9 +179,7 @@ SABOTAGE = {
 @pytest.mark.parametrize("case", SABOTAGE)
 def test_a_model_that_differs_is_rejected(folder, theirs, case):
     layer, changes = SABOTAGE[case]
-    report = verify.compare(
-        change(load(str(folder)), layer, **changes), theirs, [random_prompt()], 4
-    )
+    report = compare(change(load(str(folder)), layer, **changes), theirs)
     assert not report.ok
     assert report.engine.ok  # it does what its weights say
     assert not report.transformers.ok
@@ -195,7 +197,7 @@ def test_another_shape_is_rejected(folder, theirs, changes):
     if "num_attention_heads" in changes:
         config = config._replace(num_key_value_heads=1)
     model = type(model)(config, model.weights, None)
-    assert not verify.compare(model, theirs, [random_prompt()], 4).ok
+    assert not compare(model, theirs).ok
 
 
 def test_a_reference_that_rounds_per_tensor_is_rejected(folder, theirs, monkeypatch):
@@ -204,7 +206,7 @@ def test_a_reference_that_rounds_per_tensor_is_rejected(folder, theirs, monkeypa
         return q.reshape(x.shape), np.broadcast_to(scale, (*x.shape[:-1], 1))
 
     monkeypatch.setattr(reference, "absmax_int8", per_tensor)
-    report = verify.compare(load(str(folder)), theirs, [random_prompt()], 4)
+    report = compare(load(str(folder)), theirs)
     assert report.engine.unexplained
     assert report.transformers.unexplained
     assert not report.ok
@@ -213,7 +215,7 @@ def test_a_reference_that_rounds_per_tensor_is_rejected(folder, theirs, monkeypa
 def test_an_engine_that_differs_from_the_reference_is_rejected(folder, theirs):
     model = load(str(folder))
     model._table.scales[1, 3] *= np.float32(1.001)
-    report = verify.compare(model, theirs, [random_prompt()], 4)
+    report = compare(model, theirs)
     assert not report.engine.ok
     assert report.transformers.ok
     assert not report.ok
@@ -245,7 +247,7 @@ def test_a_difference_in_greedy_tokens_needs_an_equally_good_token(folder, their
     worst = int(model.logits(np.array(random_prompt()))[-1].argmin())
     choices = verify.greedy_choices
     monkeypatch.setattr(verify, "greedy_choices", lambda *a: [worst, *choices(*a)[1:]])
-    report = verify.compare(model, theirs, [random_prompt()], 4)
+    report = compare(model, theirs)
     assert not report.greedy_equal
     assert not report.greedy_explained
     assert not report.ok
@@ -311,11 +313,11 @@ def test_the_prompts_are_questions_in_the_chat_template(folder):
     assert max(ids) < model.config.vocab_size
 
 
-def test_more_tokens_than_the_context_holds_are_refused(folder, theirs):
+def test_more_tokens_than_the_context_holds_are_refused(folder):
     with pytest.raises(InputError, match="context of 512"):
-        verify.compare(load(str(folder)), theirs, [random_prompt()], 512)
+        verify.converse(load(str(folder)), [random_prompt()], 512)
     with pytest.raises(InputError, match="at least 1"):
-        verify.compare(load(str(folder)), theirs, [random_prompt()], 0)
+        verify.converse(load(str(folder)), [random_prompt()], 0)
 
 
 def test_a_gguf_file_is_refused_with_what_to_do(tmp_path):
