@@ -52,7 +52,7 @@ def llama_tokenizer() -> Tokenizer:
     ]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     trainer = trainers.BpeTrainer(
-        vocab_size=BASE,
+        vocab_size=BASE - 1,
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
@@ -63,6 +63,7 @@ def llama_tokenizer() -> Tokenizer:
     tokenizer.train_from_iterator([text * 4], trainer)
     state = json.loads(tokenizer.to_str())
     state["model"]["ignore_merges"] = True
+    state["model"]["vocab"]["ĠBitNet"] = BASE - 1  # a word that no merges lead to
     tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.decoder = decoders.ByteLevel()

@@ -121,6 +121,7 @@ def test_repacking_is_unpacking_and_packing(quarter_rows, blocks, block, seed):
 
 @given(st.text(max_size=60))
 @example("It's 12345 naïve  words\n\n  they'll say.<|eot_id|> <|begin_of_text|>\t x")
+@example("a BitNet, two BitNets")
 @settings(max_examples=200)
 def test_the_embedded_tokenizer_is_llama_3s(tokenizers, text):
     ours, original = tokenizers
@@ -313,6 +314,7 @@ HOSTILE = {
     "key length": START + struct.pack("<QQQ", 0, 1, HUGE) + bytes(64),
     "string length": START + struct.pack("<QQ", 0, 1) + KEY + struct.pack("<IQ", 8, HUGE),
     "array length": START + struct.pack("<QQ", 0, 1) + KEY + struct.pack("<IIQ", 9, 0, HUGE),
+    "large array": START + struct.pack("<QQ", 0, 1) + KEY + struct.pack("<IIQ", 9, 0, 2**33),
     "array of strings": START + struct.pack("<QQ", 0, 1) + KEY + struct.pack("<IIQ", 9, 8, HUGE),
     "array of arrays": START + struct.pack("<QQ", 0, 1) + KEY + struct.pack("<IIQ", 9, 9, 1),
     "value type": START + struct.pack("<QQ", 0, 1) + KEY + struct.pack("<IQ", 77, 1),
