@@ -6,6 +6,7 @@ prepares its tables and buffers, checks what comes in, and feeds it prompts tile
 
 import math
 import threading
+import time
 from itertools import pairwise
 
 import ml_dtypes
@@ -14,7 +15,7 @@ import numpy as np
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
 from bitnet_edu.kernels.attention import PAD, SPAN, TILE
 from bitnet_edu.kernels.head import Screen
-from bitnet_edu.kernels.simd import MAX_COLUMNS, kernel_index, kernel_name
+from bitnet_edu.kernels.simd import MAX_COLUMNS, NO_KERNEL, kernel_index, kernel_name
 from bitnet_edu.kernels.step import (
     DOWN,
     GATE_UP,
@@ -243,6 +244,37 @@ class BitNet:
                 "in the wrong format; `bitnet-edu verify` compares them with transformers"
             )
         return work
+
+    @property
+    def arrays_of_a_token(self) -> list[np.ndarray]:
+        """All weights that a decode step reads: packed matrices, and the head or its int8 copy."""
+        head = self._screen.codes if self._screen else self._head
+        return [packed for row in self._packed for packed in row] + [head]
+
+    def time_step(
+        self, cache: KVCache, context: int, *, products: bool = True, head: bool = True
+    ) -> float:
+        """Seconds of one decode step after `context` tokens, without the parts that are False.
+
+        What it computes is lost. For `benchmark`, which looks at what each part costs.
+        """
+        with self._lock:
+            stages = STAGES * self._shape.layers + 1 + head
+            kernel = kernel_index(self.kernel) if products else NO_KERNEL
+            args = (
+                self._shape,
+                self._table,
+                cache._arrays,
+                self._work,
+                context,
+                1,
+                0,
+                stages,
+                kernel,
+            )
+            start = time.perf_counter()
+            run(step, args, self.threads)
+            return time.perf_counter() - start
 
     def _show(self, stage: int, work: Work, tokens: int, observe: Observer) -> None:
         """What a stage has just made, under the reference's names."""

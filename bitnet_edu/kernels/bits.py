@@ -7,28 +7,30 @@ from pathlib import Path
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 
 # Compiled code raises nothing: a thread that stopped half-way would leave the others waiting.
-# So division follows NumPy, and NaN is looked for where it matters (`step.norm_and_quantize`).
+# So division follows NumPy, and NaN is looked for where it matters (pointwise.py).
 OPTIONS = {"nogil": True, "error_model": "numpy"}
 INNER = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-jit = njit(**INNER)
+# For calls from compiled code; Python gets the plain function, slow but the same.
+jit = register_jitable(**INNER)
 # Sums in any order, so that they vectorize. NaN and Inf stay what they are.
-sum_jit = njit(**INNER, fastmath={"reassoc", "nsz"})
+sum_jit = register_jitable(**INNER, fastmath={"reassoc", "nsz"})
 
 
 def cached_jit(function):
     """What Python calls: compiled once per machine and version of *any* file of this folder.
 
     Numba keeps machine code beside the source or, if that is read-only, in the user's cache folder,
-    and looks only at the file that `function` is in. With no place to write, each process compiles.
+    and looks for changes only in the file of `function`. With no place to write, each process compiles.
     """
     try:
         compiled = njit(**OPTIONS, cache=True)(function)
     except RuntimeError:
         return njit(**OPTIONS)(function)
-    compiled._cache._cache_file._source_stamp = _sources()
+    index = compiled._cache._cache_file
+    index._source_stamp = index._source_stamp, _sources()
     return compiled
 
 

@@ -218,6 +218,7 @@ def sum_lanes(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
 
 
 VNNI, AVX2, PORTABLE = range(len(KERNELS))
+NO_KERNEL = -1  # multiplies nothing: benchmark.py measures what is left
 _VNNI_TOKENS, _AVX2_TOKENS, _PORTABLE_TOKENS = (kernel.tokens for kernel in KERNELS.values())
 _vnni_one, _vnni_tile = _dot_tile("vnni", 1), _dot_tile("vnni", _VNNI_TOKENS)
 _avx2_one, _avx2_tile = _dot_tile("avx2", 1), _dot_tile("avx2", _AVX2_TOKENS)

@@ -1,0 +1,369 @@
+"""How fast is it here, and how fast could it be? Speeds next to the memory's own, in one run.
+
+A decode step reads every weight once, so memory sets a limit that no program beats: bytes of the
+weights / bytes a second. That bandwidth drifts on a shared machine. So each repeat measures
+everything once, one after the other, and `roofline_share` compares what was measured side by side.
+"""
+
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+from numba import carray
+
+import bitnet_edu
+from bitnet_edu.errors import BitNetError, InputError
+from bitnet_edu.generate import BitNetLM
+from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit, pointer
+from bitnet_edu.kernels.threads import finish, run, take, wait_for
+from bitnet_edu.model import KVCache
+from bitnet_edu.system import cpu_name, peak_memory
+from bitnet_edu.weights import BITNET_2B4T, random_weights
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    from rich.console import Group
+
+SHAPES = {"2b4t": BITNET_2B4T}
+CONTEXTS = (64, 512, 2048)
+DECODE_TOKENS = 16  # for each measurement
+PREFILL_TOKENS = 512
+READ_CHUNK = 2**18
+BUSY = 10  # percent of the machine that others may use before we warn
+
+
+def benchmark(
+    source: str = "tiny",
+    *,
+    shape: str | None = None,
+    threads: int | None = None,
+    against: str | None = None,
+    repeats: int = 5,
+    contexts: Sequence[int] = CONTEXTS,
+    cache_dtype: type = np.float32,
+    screen: int | None = None,
+    progress: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Measure a model; the result is ready for JSON, speeds as {min, median, max}.
+
+    shape: "2b4t", a random model of that shape in place of `source`. against: "transformers", in a
+    process of its own, taking turns. contexts: tokens in the KV cache while decoding, the first of
+    them is the one of `decode_tokens_per_second`. screen: keep only so many best logits exact (see
+    `BitNet.screen_head`). progress: told what is being done. Raises InputError, and what loading
+    raises.
+    """
+    if shape not in (None, *SHAPES) or against not in (None, "transformers") or repeats < 1:
+        raise InputError("choose shape 2b4t, against transformers, and at least one repeat")
+    busy = psutil.cpu_percent(0.5)
+    with tempfile.TemporaryDirectory(prefix="bitnet-edu-") as folder:
+        if shape and against:
+            source, shape = _write_random(Path(folder, shape), progress), None
+        progress("loading")
+        model, load_seconds = _load(source, shape)
+        model.threads = threads or model.threads
+        if screen:
+            model.screen_head(screen)
+        other = _Other(source, model.threads) if against else None
+        try:
+            return {
+                "model": shape or source,
+                "cpu": cpu_name(),
+                "threads": model.threads,
+                "kernel": model.kernel,
+                "busy_percent": busy,
+                "load_seconds": load_seconds,
+                **_measure(model, repeats, contexts, cache_dtype, other, progress),
+                "peak_rss_bytes": peak_memory(),
+            }
+        finally:
+            if other:
+                other.stop()
+
+
+def _load(source: str, shape: str | None) -> tuple[BitNetLM, float]:
+    """The model and the seconds it took; for a shape without making its random weights."""
+    weights = random_weights(SHAPES[shape]) if shape else None
+    start = time.perf_counter()
+    model = BitNetLM(SHAPES[shape], weights, None) if weights else bitnet_edu.load(source)
+    return model, time.perf_counter() - start
+
+
+def _write_random(folder: Path, progress: Callable[[str], None]) -> str:
+    """A random model as a file that both programs can load."""
+    from bitnet_edu.convert import convert
+
+    progress("writing a random model of 1.2 GB")
+    process = multiprocessing.get_context("spawn").Process(  # its memory is not ours
+        target=convert, args=("random-2b4t", folder)
+    )
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise BitNetError(f"the random model could not be written to {folder}")
+    return str(folder)
+
+
+def _measure(
+    model: BitNetLM,
+    repeats: int,
+    contexts: Sequence[int],
+    cache_dtype: type,
+    other: "_Other | None",
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    most = model.config.max_position_embeddings
+    contexts = [n for n in contexts if n + DECODE_TOKENS <= most] or [max(1, most - DECODE_TOKENS)]
+    prompt = np.arange(min(PREFILL_TOKENS, most)) % model.config.vocab_size
+    cache = _filled_cache(model, max(contexts) + DECODE_TOKENS, cache_dtype)
+    progress("compiling")
+    _decode(model, cache, contexts[0])
+    model.forward(prompt[:5], model.new_cache(5))
+    bandwidth, prefill, theirs = [], [], []
+    decode: list[list[float]] = [[] for _ in contexts]
+    parts: list[dict[str, float]] = []
+    for repeat in range(repeats):
+        progress(f"repeat {repeat + 1} of {repeats}")
+        bandwidth.append(read_bandwidth(model))
+        for n, speeds in zip(contexts, decode, strict=True):
+            speeds.append(_decode(model, cache, n))
+        parts.append(_parts(model, cache, contexts[-1]))
+        start = time.perf_counter()
+        model.forward(prompt, model.new_cache(len(prompt)))
+        prefill.append(len(prompt) / (time.perf_counter() - start))
+        if other:
+            theirs.append(other.measure(contexts[0], len(prompt)))
+    size = sum(array.nbytes for array in model.arrays_of_a_token)
+    shares = [speed * size / rate for speed, rate in zip(decode[0], bandwidth, strict=True)]
+    result: dict[str, Any] = {
+        "bytes_per_token": size,
+        "read_bandwidth_bytes_per_second": float(np.median(bandwidth)),
+        "roofline_tokens_per_second": float(np.median(bandwidth)) / size,
+        "roofline_share": float(np.median(shares)),
+        "decode_tokens_per_second": _spread(decode[0]),
+        "prefill_tokens_per_second": _spread(prefill),
+        "prefill_tokens": len(prompt),
+        "cache_dtype": np.dtype(cache_dtype).name,
+        "contexts": [
+            {"context": n, "decode_tokens_per_second": _spread(speeds)}
+            for n, speeds in zip(contexts, decode, strict=True)
+        ],
+        "parts_context": contexts[-1],
+        "parts_seconds": {name: float(np.median([p[name] for p in parts])) for name in parts[0]},
+    }
+    if other:
+        result["transformers"] = {
+            "decode_tokens_per_second": _spread([speeds[0] for speeds in theirs]),
+            "prefill_tokens_per_second": _spread([speeds[1] for speeds in theirs]),
+            "peak_rss_bytes": other.peak_memory(),
+            "load_seconds": other.load_seconds,
+        }
+    return result
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {
+        "min": float(min(values)),
+        "median": float(np.median(values)),
+        "max": float(max(values)),
+    }
+
+
+def _filled_cache(model: BitNetLM, length: int, dtype: type) -> KVCache:
+    """A cache with noise in every position: attention's time does not depend on the numbers."""
+    cache = model.new_cache(length, dtype)
+    noise = np.random.default_rng(0).standard_normal((length, model.config.head_dim))
+    cache.keys[:] = cache.values[:] = noise
+    return cache
+
+
+def _decode(model: BitNetLM, cache: KVCache, context: int) -> float:
+    """Tokens a second of greedy decoding after `context` tokens."""
+    cache.length = context
+    token = 0
+    start = time.perf_counter()
+    for _ in range(DECODE_TOKENS):
+        token = int(model.forward([token], cache).argmax())
+    return DECODE_TOKENS / (time.perf_counter() - start)
+
+
+def _parts(model: BitNetLM, cache: KVCache, context: int) -> dict[str, float]:
+    """Seconds of a decode step that would be saved without each part."""
+
+    def seconds(context: int, **without: bool) -> float:
+        return min(model.time_step(cache, context, **without) for _ in range(3))
+
+    whole = seconds(context)
+    parts = {
+        "ternary products": whole - seconds(context, products=False),
+        "head": whole - seconds(context, head=False),
+        "attention": whole - seconds(0),
+    }
+    return parts | {"rest": whole - sum(parts.values())}
+
+
+# --- The memory ----------------------------------------------------------------------------------
+
+
+def read_bandwidth(model: BitNetLM) -> float:
+    """Bytes a second at which the model's threads read all its weights and do nothing else."""
+    arrays = model.arrays_of_a_token
+    addresses = np.array([a.ctypes.data for a in arrays])
+    sizes = np.array([a.nbytes for a in arrays])
+    sums = np.zeros(int(sum(-(-size // READ_CHUNK) for size in sizes)), np.int32)
+    rates = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run(_read, (addresses, sizes, sums), model.threads)
+        rates.append(sizes.sum() / (time.perf_counter() - start))
+    return float(max(rates))
+
+
+@cached_jit
+def _read(addresses, sizes, sums, thread, counters):
+    """Add up everything: the cheapest way to read it that a compiler can't remove."""
+    chunk, array, first = take(counters), 0, 0
+    while chunk < len(sums):
+        while chunk >= first + ceil_div(sizes[array], READ_CHUNK):
+            first += ceil_div(sizes[array], READ_CHUNK)
+            array += 1
+        begin = (chunk - first) * READ_CHUNK
+        size = min(READ_CHUNK, sizes[array] - begin)
+        sums[chunk] = _sum(addresses[array] + begin, size // 4)
+        finish(counters)
+        chunk = take(counters)
+    wait_for(counters, len(sums))
+
+
+@jit
+def _sum(address, count):
+    numbers, total = carray(pointer(address, np.int32), count), np.int32(0)
+    for i in range(count):
+        total += numbers[i]
+    return total
+
+
+# --- transformers --------------------------------------------------------------------------------
+
+
+class _Other:
+    """transformers in its own process, which works only when asked."""
+
+    def __init__(self, folder: str, threads: int):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(folder, threads, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.load_seconds = self._answer()
+
+    def measure(self, context: int, prompt: int) -> tuple[float, float]:
+        """(decode, prefill) tokens a second."""
+        self.pipe.send((context, prompt))
+        return self._answer()
+
+    def peak_memory(self) -> int:
+        self.pipe.send(None)
+        return self._answer()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.join()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            raise BitNetError("transformers' process ended, perhaps for lack of memory") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _serve(folder: str, threads: int, pipe: "Connection") -> None:
+    try:
+        from bitnet_edu.verify import eager_torch, model_folder
+
+        torch = eager_torch()
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        model = transformers.BitNetForCausalLM.from_pretrained(model_folder(folder), dtype="auto")
+        model.eval()
+        pipe.send(time.perf_counter() - start)
+        with torch.inference_mode():
+            while True:
+                if (lengths := pipe.recv()) is None:
+                    pipe.send(peak_memory())
+                    continue
+                context, prompt = lengths
+                start = time.perf_counter()
+                model(torch.arange(prompt)[None] % model.config.vocab_size, logits_to_keep=1)
+                prefill = prompt / (time.perf_counter() - start)
+                ids = torch.arange(context)[None] % model.config.vocab_size
+                out = model(ids, use_cache=True, logits_to_keep=1)
+                start = time.perf_counter()
+                for _ in range(DECODE_TOKENS):
+                    token = out.logits[:, -1:].argmax(-1)
+                    out = model(token, past_key_values=out.past_key_values, use_cache=True)
+                pipe.send((DECODE_TOKENS / (time.perf_counter() - start), prefill))
+    except (BitNetError, ImportError, OSError, RuntimeError) as error:
+        pipe.send(BitNetError(f"transformers could not be measured: {error}"))
+
+
+# --- The table -----------------------------------------------------------------------------------
+
+
+def render(result: dict[str, Any]) -> "Group":
+    """The result as tables for a terminal."""
+    from rich.console import Group
+    from rich.table import Table
+
+    def row(table: Table, name: str, speeds: dict[str, float]) -> None:
+        table.add_row(name, *(f"{speeds[key]:,.1f}" for key in ("min", "median", "max")))
+
+    threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
+    table = Table("tokens/s", "min", "median", "max", title=f"{result['model']}, {threads}")
+    for entry in result["contexts"]:
+        row(table, f"decode, context {entry['context']}", entry["decode_tokens_per_second"])
+    row(table, f"prefill, {result['prefill_tokens']} tokens", result["prefill_tokens_per_second"])
+    if theirs := result.get("transformers"):
+        row(table, "transformers, decode", theirs["decode_tokens_per_second"])
+        row(table, "transformers, prefill", theirs["prefill_tokens_per_second"])
+    parts = ", ".join(f"{k} {1e3 * v:.2f}" for k, v in result["parts_seconds"].items())
+    lines = [
+        f"{result['cpu']}, {result['kernel']} kernel, {result['cache_dtype']} KV cache",
+        f"memory reads {result['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, a token "
+        f"{result['bytes_per_token'] / 1e6:,.1f} MB: at most "
+        f"{result['roofline_tokens_per_second']:,.1f} tokens/s, "
+        f"{result['roofline_share']:.0%} of it reached",
+        f"one token at context {result['parts_context']}, ms: {parts}",
+        f"loaded in {result['load_seconds']:.3f} s, at most "
+        f"{result['peak_rss_bytes'] / 1e9:.2f} GB of memory",
+    ]
+    if theirs:
+        lines.append(
+            f"transformers: loaded in {theirs['load_seconds']:.1f} s, at most "
+            f"{theirs['peak_rss_bytes'] / 1e9:.2f} GB of memory"
+        )
+    if warning := busy_warning(result):
+        lines.append(f"[yellow]{warning}[/]")
+    return Group(table, *lines)
+
+
+def busy_warning(result: dict[str, Any]) -> str | None:
+    """What to say if other programs were at work when the measurement began."""
+    if result["busy_percent"] <= BUSY:
+        return None
+    return (
+        f"other programs were using {result['busy_percent']:.0f}% of this machine: "
+        "close them and measure again"
+    )
