@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitnet_edu.gguf_io import template_note
 from bitnet_edu.sources import find_model, read_model
 from bitnet_edu.xray import code_counts, entropy_bits, xray
 
@@ -41,6 +42,7 @@ def describe(source: str = "tiny", *, ternarize: bool = False) -> dict[str, Any]
         },
         "zero_share": float(counts[1] / counts.sum()),
         "entropy_bits": entropy_bits(counts),
+        "notes": [note for note in (template_note(path, tokenizer),) if note],
         "layers": layers,
     }
 
@@ -78,4 +80,5 @@ def render(description: dict[str, Any]) -> "Group":
     for name in names:
         matrix = description["layers"][0][name]
         shapes.add_row(name, str(matrix["shape"]), f"{matrix['scale']:.4g}")
-    return Group(facts, "", shapes, "", zeros)
+    notes = [f"note: {note}" for note in description["notes"]]
+    return Group(facts, "", shapes, "", zeros, *notes)

@@ -30,6 +30,7 @@ from bitnet_edu.convert import (
     safetensors_header,
     write_folder,
 )
+from bitnet_edu.describe import describe
 from bitnet_edu.quantize import absmean_ternary
 from bitnet_edu.sources import TINY, find_model, read_model
 from bitnet_edu.verify import verify
@@ -150,9 +151,10 @@ def test_master_weights_ternarize_to_exactly_what_they_stand_for(
 
 def test_what_one_should_know_is_said(tmp_path):
     real = str(write_real(tmp_path / "real.gguf"))
-    assert convert(real, tmp_path / "a").notes == [
+    template = (
         "the chat template in real.gguf is not the model's own: the right one is used instead"
-    ]
+    )
+    assert convert(real, tmp_path / "a").notes == describe(real)["notes"] == [template]
     assert convert(str(tmp_path / "a"), tmp_path / "a.gguf").notes == []
     assert convert(str(tmp_path / "a.gguf"), tmp_path / "b").notes == []
     (note,) = convert(str(tmp_path / "a"), tmp_path / "c", "hf-bf16").notes
