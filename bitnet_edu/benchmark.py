@@ -46,6 +46,7 @@ def benchmark(
     against: str | None = None,
     repeats: int = 5,
     contexts: Sequence[int] = CONTEXTS,
+    prompt_tokens: int = PREFILL_TOKENS,
     cache_dtype: type = np.float32,
     screen: int | None = None,
     progress: Callable[[str], None] = lambda message: None,
@@ -54,7 +55,8 @@ def benchmark(
 
     shape: "2b4t", a random model of that shape in place of `source`. against: "transformers", in a
     process of its own, taking turns. contexts: tokens in the KV cache while decoding, the first of
-    them is the one of `decode_tokens_per_second`. screen: keep only so many best logits exact (see
+    them is the one of `decode_tokens_per_second`. prompt_tokens: of the prefill. screen: keep only
+    so many best logits exact (see
     `BitNet.screen_head`). progress: told what is being done. Raises InputError, and what loading
     raises.
     """
@@ -78,7 +80,7 @@ def benchmark(
                 "kernel": model.kernel,
                 "busy_percent": busy,
                 "load_seconds": load_seconds,
-                **_measure(model, repeats, contexts, cache_dtype, other, progress),
+                **_measure(model, repeats, contexts, prompt_tokens, cache_dtype, other, progress),
                 "peak_rss_bytes": peak_memory(),
             }
         finally:
@@ -113,13 +115,14 @@ def _measure(
     model: BitNetLM,
     repeats: int,
     contexts: Sequence[int],
+    prompt_tokens: int,
     cache_dtype: type,
     other: "_Other | None",
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
     most = model.config.max_position_embeddings
     contexts = [n for n in contexts if n + DECODE_TOKENS <= most] or [max(1, most - DECODE_TOKENS)]
-    prompt = np.arange(min(PREFILL_TOKENS, most)) % model.config.vocab_size
+    prompt = np.arange(min(prompt_tokens, most)) % model.config.vocab_size
     cache = _filled_cache(model, max(contexts) + DECODE_TOKENS, cache_dtype)
     progress("compiling")
     _decode(model, cache, contexts[0])
