@@ -17,7 +17,7 @@ import psutil
 from numba import carray
 
 import bitnet_edu
-from bitnet_edu.errors import BitNetError, InputError
+from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
 from bitnet_edu.generate import BitNetLM
 from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit, pointer
 from bitnet_edu.kernels.threads import finish, run, take, wait_for
@@ -47,27 +47,32 @@ def benchmark(
     repeats: int = 5,
     contexts: Sequence[int] = CONTEXTS,
     prompt_tokens: int = PREFILL_TOKENS,
-    cache_dtype: type = np.float32,
+    cache_dtype: str = "float32",
     screen: int | None = None,
+    ternarize: bool = False,
     progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Measure a model; the result is ready for JSON, speeds as {min, median, max}.
 
     shape: "2b4t", a random model of that shape in place of `source`. against: "transformers", in a
-    process of its own, taking turns. contexts: tokens in the KV cache while decoding, the first of
-    them is the one of `decode_tokens_per_second`. prompt_tokens: of the prefill. screen: keep only
-    so many best logits exact (see
-    `BitNet.screen_head`). progress: told what is being done. Raises InputError, and what loading
-    raises.
+    process of its own, taking turns. contexts: tokens in the KV cache while decoding, those that
+    fit; the first is the one of `decode_tokens_per_second`. prompt_tokens: of the prefill.
+    cache_dtype: "float32" or "float16". screen: only so many best logits stay exact (see
+    `BitNet.screen_head`). ternarize: as for `load`. progress: told what is being done. Raises
+    InputError, ContextLengthError if no context fits, and what loading raises.
     """
-    if shape not in (None, *SHAPES) or against not in (None, "transformers") or repeats < 1:
-        raise InputError("choose shape 2b4t, against transformers, and at least one repeat")
+    if shape not in (None, *SHAPES) or against not in (None, "transformers"):
+        raise InputError(f"there is no shape {shape!r}, or no engine {against!r}, to measure")
+    if cache_dtype not in ("float32", "float16"):
+        raise InputError(f"a KV cache is float32 or float16, not {cache_dtype}")
+    if min(repeats, threads or 1, prompt_tokens, *contexts) < 1 or threads == 0:
+        raise InputError("repeats, threads, contexts and prompt_tokens must be at least 1")
     busy = psutil.cpu_percent(0.5)
     with tempfile.TemporaryDirectory(prefix="bitnet-edu-") as folder:
         if shape and against:
             source, shape = _write_random(Path(folder, shape), progress), None
         progress("loading")
-        model, load_seconds = _load(source, shape)
+        model, load_seconds = _load(source, shape, ternarize)
         model.threads = threads or model.threads
         if screen:
             model.screen_head(screen)
@@ -80,7 +85,15 @@ def benchmark(
                 "kernel": model.kernel,
                 "busy_percent": busy,
                 "load_seconds": load_seconds,
-                **_measure(model, repeats, contexts, prompt_tokens, cache_dtype, other, progress),
+                **_measure(
+                    model,
+                    repeats,
+                    contexts,
+                    prompt_tokens,
+                    np.dtype(cache_dtype).type,
+                    other,
+                    progress,
+                ),
                 "peak_rss_bytes": peak_memory(),
             }
         finally:
@@ -88,11 +101,14 @@ def benchmark(
                 other.stop()
 
 
-def _load(source: str, shape: str | None) -> tuple[BitNetLM, float]:
+def _load(source: str, shape: str | None, ternarize: bool) -> tuple[BitNetLM, float]:
     """The model and the seconds it took; for a shape without making its random weights."""
     weights = random_weights(SHAPES[shape]) if shape else None
     start = time.perf_counter()
-    model = BitNetLM(SHAPES[shape], weights, None) if weights else bitnet_edu.load(source)
+    if weights:
+        model = BitNetLM(SHAPES[shape], weights, None)
+    else:
+        model = bitnet_edu.load(source, ternarize=ternarize)
     return model, time.perf_counter() - start
 
 
@@ -121,7 +137,12 @@ def _measure(
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
     most = model.config.max_position_embeddings
-    contexts = [n for n in contexts if n + DECODE_TOKENS <= most] or [max(1, most - DECODE_TOKENS)]
+    contexts = [n for n in contexts if n + DECODE_TOKENS <= most]
+    if not contexts:
+        raise ContextLengthError(
+            f"this model's context is {most} tokens, of which {DECODE_TOKENS} are decoded: measure "
+            f"at contexts of at most {most - DECODE_TOKENS}"
+        )
     prompt = np.arange(min(prompt_tokens, most)) % model.config.vocab_size
     cache = _filled_cache(model, max(contexts) + DECODE_TOKENS, cache_dtype)
     progress("compiling")

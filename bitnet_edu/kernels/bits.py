@@ -23,7 +23,8 @@ def cached_jit(function):
     """What Python calls: compiled once per machine and version of *any* file of this folder.
 
     Numba keeps machine code beside the source or, if that is read-only, in the user's cache folder,
-    and looks for changes only in the file of `function`. With no place to write, each process compiles.
+    and looks for changes only in the file of `function`. With no place to write, each process
+    compiles anew.
     """
     try:
         compiled = njit(**OPTIONS, cache=True)(function)

@@ -1,0 +1,119 @@
+"""What `bench` reports is complete and consistent. No speed is asserted: machines differ."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+from bitnet_edu import benchmark as module
+from bitnet_edu.benchmark import benchmark, busy_warning, read_bandwidth, render
+from bitnet_edu.errors import ContextLengthError, InputError
+from bitnet_edu.generate import BitNetLM
+from bitnet_edu.weights import BitNetConfig, random_weights
+
+SMALL = BitNetConfig(512, 128, 256, 2, 4, 2, 300, 500000.0, 1e-5, None, ())
+
+
+@pytest.fixture(autouse=True)
+def small_shape(monkeypatch):
+    """The 2B4T shape takes 1.2 GB; the same code measures a small one."""
+    monkeypatch.setitem(module.SHAPES, "2b4t", SMALL)
+    monkeypatch.setattr(module.psutil, "cpu_percent", lambda seconds: 50.0)
+
+
+def test_all_fields_of_the_design_are_there_and_agree():
+    result = benchmark(shape="2b4t", threads=2, repeats=2)
+    assert json.loads(json.dumps(result)) == result
+    assert result["threads"] == 2
+    assert result["kernel"] in ("vnni", "avx2", "portable")
+    for name in ("decode_tokens_per_second", "prefill_tokens_per_second"):
+        assert 0 < result[name]["min"] <= result[name]["median"] <= result[name]["max"]
+    ternary = sum(rows * columns for rows, columns in SMALL.matrix_shapes.values()) * 2 // 4
+    assert result["bytes_per_token"] == ternary + 2 * SMALL.vocab_size * SMALL.hidden_size
+    bandwidth = result["read_bandwidth_bytes_per_second"]
+    assert result["roofline_tokens_per_second"] == pytest.approx(
+        bandwidth / result["bytes_per_token"]
+    )
+    assert result["roofline_share"] > 0
+    assert result["peak_rss_bytes"] > 10**7
+    assert result["load_seconds"] > 0
+    assert [entry["context"] for entry in result["contexts"]] == [64]
+    assert set(result["parts_seconds"]) == {"ternary products", "head", "attention", "rest"}
+
+
+def test_screened_head_reads_fewer_bytes():
+    exact, screened = (
+        benchmark(shape="2b4t", repeats=1, contexts=[4], screen=k)["bytes_per_token"]
+        for k in (None, 1)
+    )
+    assert exact - screened == SMALL.vocab_size * SMALL.hidden_size
+
+
+def test_bandwidth_reads_every_byte_once(monkeypatch):
+    sums = []
+    model = BitNetLM(SMALL, random_weights(SMALL), None)
+
+    def spy(function, args, threads):
+        run(function, args, threads)
+        sums.append(args[-1].sum(dtype=np.int32))
+
+    run = module.run
+    monkeypatch.setattr(module, "run", spy)
+    assert read_bandwidth(model) > 0
+    everything = b"".join(array.tobytes() for array in model.arrays_of_a_token)
+    assert set(sums) == {np.frombuffer(everything, np.int32).sum(dtype=np.int32)}
+
+
+def test_warns_when_the_machine_is_busy(monkeypatch):
+    result = benchmark(shape="2b4t", repeats=1, contexts=[4])
+    assert "using 50% of this machine" in busy_warning(result)
+    assert busy_warning(result | {"busy_percent": 3.0}) is None
+
+
+def test_the_table_shows_every_speed():
+    from rich.console import Console
+
+    result = benchmark(shape="2b4t", repeats=1, contexts=[4, 32])
+    speed = {"min": 1.0, "median": 2.0, "max": 3.0}
+    result["transformers"] = {
+        "decode_tokens_per_second": speed,
+        "prefill_tokens_per_second": speed,
+        "peak_rss_bytes": 5 * 10**9,
+        "load_seconds": 19.0,
+    }
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(render(result))
+    text = console.export_text()
+    for words in ("context 4 ", "context 32", "prefill", "transformers, decode", "5.00 GB", "GB/s"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"shape": "9b"}, InputError, "9b"),
+        ({"against": "llama"}, InputError, "llama"),
+        ({"repeats": 0}, InputError, "at least 1"),
+        ({"threads": 0}, InputError, "at least 1"),
+        ({"contexts": [0]}, InputError, "at least 1"),
+        ({"cache_dtype": "int8"}, InputError, "float32 or float16"),
+        ({"shape": "2b4t", "contexts": [290]}, ContextLengthError, "at most 284"),
+    ],
+)
+def test_refuses_what_cannot_be_measured(options, error, words):
+    with pytest.raises(error, match=words):
+        benchmark(**options)
+
+
+def test_transformers_takes_turns_in_its_own_process():
+    result = benchmark("tiny", against="transformers", repeats=1, contexts=[8], threads=1)
+    theirs = result["transformers"]
+    assert theirs["decode_tokens_per_second"]["median"] > 0
+    assert theirs["prefill_tokens_per_second"]["median"] > 0
+    assert theirs["peak_rss_bytes"] > 10**8
+
+
+def test_a_failing_process_says_why():
+    with pytest.raises(module.BitNetError, match="nowhere"):
+        module._Other("/nowhere/to/be/found", 1)
