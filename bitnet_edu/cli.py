@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to fail
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -190,7 +192,11 @@ def console() -> Any:
     """rich's console: colours and width of the terminal, neither of them in a pipe."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    class Quiet(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # for `main` to see; rich's own way out is status 1
+
+    return Quiet(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 # --- The verbs -----------------------------------------------------------------------------------

@@ -401,7 +401,6 @@ def load_transformers(
     """
     torch = eager_torch()
     import transformers
-    from transformers.integrations.bitnet import BitLinear
 
     path = model_folder(source)
     config = transformers.BitNetConfig.from_pretrained(path)
@@ -425,11 +424,8 @@ def load_transformers(
         log.set_verbosity(verbosity)
         if bar:
             log.enable_progress_bar()
-    # unpacked weights keep the dtype of the file, and model.float() is refused when quantized
+    # what it unpacks keeps the dtype of the file, and model.float() is refused when quantized
     torch.nn.Module.float(model)
-    for module in model.modules():
-        if isinstance(module, BitLinear):
-            module.dtype = torch.float32
     return model.eval()
 
 

@@ -12,9 +12,11 @@ import time
 import numpy as np
 import pytest
 from checkpoints import Recipe, make, save, write
+from rich.console import Console
 
 import bitnet_edu
 from bitnet_edu import cli, doctor, verify
+from bitnet_edu.terminal import Terminal
 
 VERBS = ["chat", "generate", "verify", "info", "doctor"]
 
@@ -177,10 +179,11 @@ def test_generate_wants_a_prompt_when_nobody_pipes_one(capsys, monkeypatch):
 
 
 def test_a_reader_that_has_had_enough_is_no_error():
-    command = f'"{sys.executable}" -m bitnet_edu.cli info | head -n 1'
-    result = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert result.stderr == ""
-    assert result.stdout.count("\n") == 1
+    command = [sys.executable, "-m", "bitnet_edu.cli", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 # verify
@@ -463,6 +466,17 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(tmp_path, tiny):
         assert story.startswith(stopped)
         assert 0 < len(stopped) < len(story)
     assert messages[3]["content"].split()[-1] in shown
+
+
+def test_live_lines_keep_every_character_but_the_break(tiny):
+    console = Console(width=20)
+    terminal = Terminal(bitnet_edu.ChatSession(tiny), "tiny", {}, console)
+    assert terminal.wrap("") == [""]
+    assert terminal.wrap("one ") == ["one "]
+    assert terminal.wrap("one\n") == ["one", ""]
+    assert terminal.wrap("a\n\nb") == ["a", "", "b"]
+    assert terminal.wrap("one two three four five six") == ["one two three four ", "five six"]
+    assert "".join(terminal.wrap("x" * 50)) == "x" * 50
 
 
 @needs_pty

@@ -100,9 +100,10 @@ def test_integer_matmul_is_exact(q, codes):
     np.testing.assert_array_equal(ours, exact)
 
 
-@pytest.mark.parametrize("columns", [6912, 131_071, 131_072])
-def test_integer_matmul_is_exact_at_its_extremes(columns):
-    q = np.full((1, columns), -128, np.int8)
+@pytest.mark.parametrize("columns", [6912, 131_071, 131_072, 200_001])
+@pytest.mark.parametrize("value", [-128, 127])
+def test_integer_matmul_is_exact_at_its_extremes(columns, value):
+    q = np.full((1, columns), value, np.int8)
     codes = np.ones((2, columns), np.int8)
     codes[1, ::2] = -1
     codes[1, 0] = 0
