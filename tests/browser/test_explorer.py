@@ -1,0 +1,233 @@
+"""A person at the explorer: a real browser on Voila and on JupyterLab."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+import pytest
+from playwright.sync_api import Browser, Page, TimeoutError, expect
+
+APP = Path(__file__).parents[2] / "bitnet_edu" / "ui" / "app.ipynb"
+MINUTE = 60_000  # milliseconds; the first answer may have to wait for the compiler
+expect.set_options(timeout=MINUTE)
+# JupyterLab and Voila say these themselves, on every page and without our panels
+HARMLESS = ("shared singleton module", "shared module", "favicon", "fontawesome")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def server(command: list[str], port: int, log: Path) -> Iterator[str]:
+    """Run a web server on loopback until the block ends; its log is shown if it does not answer."""
+    url = f"http://127.0.0.1:{port}"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(url, timeout=60).close()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.25)
+        else:
+            pytest.fail(f"no answer from {command[0]}: {log.read_text()}")
+        yield url
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def voila_url(tmp_path_factory) -> Iterator[str]:
+    """`bitnet-edu app`, as a user starts it."""
+    port = free_port()
+    command = [sys.executable, "-m", "bitnet_edu.cli", "app", "--no-browser", "--port", str(port)]
+    with server(command, port, tmp_path_factory.mktemp("voila") / "log") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def lab_url(tmp_path_factory) -> Iterator[str]:
+    """JupyterLab with a notebook whose one cell shows the chat panel."""
+    folder, port = tmp_path_factory.mktemp("lab"), free_port()
+    cell = nbformat.v4.new_code_cell(
+        'from bitnet_edu.ui.chat import ChatPanel\npanel = ChatPanel("tiny")\npanel'
+    )
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), folder / "chat.ipynb")
+    command = [
+        *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"),
+        *("--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=", str(folder)),
+    ]
+    os.environ.setdefault("JUPYTERLAB_SETTINGS_DIR", str(folder / "settings"))
+    with server(command, port, folder / "log") as url:
+        yield f"{url}/lab/tree/chat.ipynb"
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page that fails the test on any error of a script or on the console."""
+    errors = []
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(MINUTE)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on(
+        "console", lambda m: errors.append(f"{m.text} {m.location}") if m.type == "error" else 0
+    )
+    yield page
+    page.close()
+    assert not [e for e in errors if not any(word in e for word in HARMLESS)]
+
+
+def idle(page: Page) -> None:
+    expect(page.locator(".bn-chat")).to_have_attribute("aria-busy", "false", timeout=MINUTE)
+
+
+def send(page: Page, text: str) -> None:
+    """Write a message, press Enter, and wait until the kernel has taken it up."""
+    page.evaluate("document.querySelector('.bn-notice').textContent = ''")
+    before = page.locator(".bn-message").count()
+    box = page.get_by_label("Message", exact=True)
+    box.fill(text)
+    box.press("Enter")
+    page.wait_for_function(
+        """before => document.querySelectorAll('.bn-message').length > before
+        || document.querySelector('.bn-notice').textContent""",
+        arg=before,
+    )
+
+
+def answer(page: Page) -> str:
+    return page.locator(".bn-message").last.locator(".bn-text").inner_text()
+
+
+def drive_chat(page: Page) -> None:
+    """Type, send, see text come, stop midway, regenerate, break a line, send what is not HTML."""
+    page.locator(".bn-chat").wait_for()
+    idle(page)
+    send(page, "Hello!")
+    expect(page.locator(".bn-assistant .bn-text").last).not_to_be_empty()
+    idle(page)
+    assert "tokens/s" in page.locator(".bn-stats").inner_text()
+    assert page.locator(".bn-message").count() == 2
+
+    first = answer(page)
+    page.evaluate("document.querySelector('.bn-assistant').dataset.old = 'yes'")
+    page.get_by_role("button", name="Again").click()
+    page.wait_for_function("!document.querySelector('.bn-assistant[data-old]')")
+    idle(page)
+    expect(page.locator(".bn-message")).to_have_count(2)
+    assert answer(page) == first  # temperature 0
+
+    box = page.get_by_label("Message", exact=True)
+    box.fill("first")
+    box.press("Shift+Enter")
+    box.type("second")
+    assert box.input_value() == "first\nsecond"
+    box.fill("")
+
+    hostile = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> **b** שלום"
+    send(page, hostile)
+    idle(page)
+    assert page.locator(".bn-user .bn-text").last.inner_text() == hostile
+    assert page.evaluate("window.hacked") is None
+
+    send(page, "word " * 2_000)
+    idle(page)
+    assert "context" in page.locator(".bn-notice").inner_text()
+
+    page.get_by_role("button", name="Clear").click()
+    expect(page.locator(".bn-message")).to_have_count(0)
+
+
+def stop_midway(page: Page) -> None:
+    """Let the model write until its context is full, and stop it before."""
+    page.locator(".bn-settings summary").click()
+    temperature = page.get_by_label("Temperature")
+    temperature.fill("2")
+    temperature.press("Tab")
+    page.get_by_label("Longest answer").fill("4000")
+    page.get_by_label("Longest answer").press("Tab")
+    send(page, "Tell me a story about a fox.")
+    page.locator(".bn-assistant .bn-text:not(:empty)").wait_for()
+    page.get_by_label("Message", exact=True).press("Escape")
+    idle(page)
+    assert answer(page)
+
+
+def test_chat_in_voila(page: Page, voila_url: str):
+    page.goto(voila_url)
+    drive_chat(page)
+    stop_midway(page)
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.wait_for_function("document.querySelector('.bn-chat').scrollWidth <= 390")
+
+
+def test_model_picker_in_voila(page: Page, voila_url: str, tmp_path: Path):
+    page.goto(voila_url)
+    page.locator(".bn-chat").wait_for()
+    idle(page)
+    page.on("dialog", lambda dialog: dialog.accept(str(tmp_path / "nowhere")))
+    picker = page.locator(".bn-top select")
+    picker.select_option(label="Another folder, file or hub id ...")
+    expect(page.locator(".bn-notice")).to_contain_text("nowhere")
+    idle(page)
+    send(page, "Hello!")
+    expect(page.locator(".bn-assistant .bn-text").last).not_to_be_empty()
+
+
+def test_saved_conversation_comes_back_in_voila(page: Page, voila_url: str):
+    page.goto(voila_url)
+    page.locator(".bn-chat").wait_for()
+    idle(page)
+    send(page, "Hello!")
+    idle(page)
+    page.locator(".bn-settings summary").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save").click()
+    saved = json.loads(Path(download.value.path()).read_text())
+    assert [m["role"] for m in saved["messages"]] == ["user", "assistant"]
+    page.get_by_role("button", name="Clear").click()
+    expect(page.locator(".bn-message")).to_have_count(0)
+    page.locator("input[type=file]").set_input_files(download.value.path())
+    expect(page.locator(".bn-message")).to_have_count(2)
+
+
+def test_other_panels_in_voila(page: Page, voila_url: str):
+    page.goto(voila_url)
+    page.locator(".bn-chat").wait_for()
+    page.get_by_role("tab", name="Paper").click()
+    page.get_by_role("button", name="BitNet b1.58 2B").click()
+    assert page.locator(".bn-paper td a").first.get_attribute("href").startswith("https://")
+    page.get_by_role("tab", name="Architecture").click()
+    page.get_by_role("button", name="BitLinear down: explain").click()
+    expect(page.locator(".bn-details pre")).to_contain_text("def bit_linear")
+    page.get_by_role("tab", name="System").click()
+    expect(page.locator(".bn-system")).to_contain_text("Kernel")
+
+
+def test_chat_in_jupyterlab(page: Page, lab_url: str):
+    page.goto(lab_url)
+    page.locator(".jp-CodeCell .cm-content").first.click()
+    for _ in range(20):  # until the kernel has started, the keys do nothing
+        page.keyboard.press("Control+Enter")
+        try:
+            page.locator(".bn-chat").wait_for(timeout=3_000)
+            break
+        except TimeoutError:
+            pass
+    drive_chat(page)
+    stop_midway(page)
