@@ -31,6 +31,7 @@ class ChatPanel(anywidget.AnyWidget):
     messages = traitlets.List().tag(sync=True)
     partial = traitlets.Unicode().tag(sync=True)  # the answer so far, while one is being written
     busy = traitlets.Bool(False).tag(sync=True)
+    heard = traitlets.Int(0).tag(sync=True)  # messages of the page that have arrived
     notice = traitlets.Unicode().tag(sync=True)  # what went wrong, or what is being waited for
     stats = traitlets.Dict().tag(sync=True)
     source = traitlets.Unicode().tag(sync=True)
@@ -48,6 +49,7 @@ class ChatPanel(anywidget.AnyWidget):
 
     def receive(self, message: dict[str, Any]) -> None:
         """Act on a message of the page: {"do": "send", "value": text}, "stop", "again", ..."""
+        self.heard += 1
         action, value = message.get("do"), message.get("value")
         if action == "stop":
             self._stop.set()

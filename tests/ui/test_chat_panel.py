@@ -67,10 +67,10 @@ def test_greedy_again_gives_the_same_answer(panel):
 def test_turns_share_the_cache(panel):
     say(panel, "send", "Hello!")
     used = panel.session.context_used
-    before = panel.session.cache.keys[:, :used].copy() if used else None
+    before = panel.session.cache.keys[:, :, :used].copy()
     say(panel, "send", "What is your name?")
     assert panel.session.context_used > used
-    assert (panel.session.cache.keys[:, :used] == before).all()
+    assert (panel.session.cache.keys[:, :, :used] == before).all()
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,12 @@ def test_a_message_that_does_not_fit_is_refused_and_the_conversation_stays(panel
     assert panel.messages == before
     say(panel, "send", "Hello!")
     assert len(panel.messages) == 4
+
+
+def test_every_message_of_the_page_is_acknowledged(panel):
+    for count in (1, 2):
+        say(panel, "clear")
+        assert panel.heard == count
 
 
 def test_clear_forgets_and_open_restores(panel):

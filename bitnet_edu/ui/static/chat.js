@@ -38,7 +38,16 @@ function saveFile(name, value) {
 }
 
 function render({ model, el }) {
-  const command = (name, value = null) => model.send({ do: name, value });
+  let waiting; // a page without a kernel swallows messages, so somebody has to notice
+  const command = (name, value = null) => {
+    model.send({ do: name, value });
+    clearTimeout(waiting);
+    waiting = setTimeout(() => {
+      notice.textContent =
+        "No kernel answers: it is busy with another cell, or this page has none. " +
+        "Open the notebook, or run `bitnet-edu chat`, to go on with the conversation.";
+    }, 4000);
+  };
   const log = element("div", "bn-log", { role: "log", "aria-live": "polite", tabindex: "0", "aria-label": "Conversation" });
   const notice = element("div", "bn-notice", { role: "status" });
   const stats = element("div", "bn-stats", { role: "status", "aria-label": "Speed and context" });
@@ -183,6 +192,7 @@ function render({ model, el }) {
     stats: drawStats,
     sources: drawSources,
     source: drawSources,
+    heard: () => clearTimeout(waiting),
     system: () => (system.value = model.get("system")),
   };
   for (const [name, draw] of Object.entries(watched)) {
