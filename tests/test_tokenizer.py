@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from bitnet_edu import CheckpointError, InputError
+from bitnet_edu.sources import TINY
 from bitnet_edu.tokenizer import Tokenizer
 
 TEXTS = [
@@ -29,8 +30,11 @@ CHATS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=["small", "tiny"])
+def folder(request, tmp_path_factory):
+    """A tokenizer of these tests, and that of the embedded model."""
+    if request.param == "tiny":
+        return TINY
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
@@ -138,13 +142,15 @@ def test_settings_of_the_training_do_not_cut_texts(tmp_path):
     assert Tokenizer.from_folder(tmp_path).encode(text) == theirs.encode(text)
 
 
-def test_special_tokens_by_name(ours):
-    assert [ours.token_id(token) for token in SPECIAL] == [0, 1, 2]
+def test_special_tokens_by_name(ours, theirs):
+    ids = theirs.convert_tokens_to_ids(SPECIAL)
+    assert [ours.token_id(token) for token in SPECIAL] == ids
+    assert ids[:2] == [theirs.bos_token_id, theirs.eos_token_id]
     assert ours.token_id("<|nothing|>") is None
     assert (ours.bos_token, ours.eos_token) == tuple(SPECIAL[:2])
 
 
-@pytest.mark.parametrize("token", [-1, VOCABULARY, 10**12])
+@pytest.mark.parametrize("token", [-1, 2048, 10**12])
 def test_ids_outside_the_vocabulary_are_refused(ours, token):
     with pytest.raises(InputError, match=str(token)):
         ours.decode([5, token])
