@@ -228,10 +228,10 @@ class BitNet:
         work.fault[0] = 0
         args = self._shape, self._table, cache._arrays, work, start, tokens
         kernel = kernel_index(self.kernel)
-        worth = 1 + tokens * self._bytes // WORTH_A_THREAD
+        threads = min(self.threads, 1 + tokens * self._bytes // WORTH_A_THREAD)
         stages = STAGES * self._shape.layers + 1 + want_logits
         for begin, end in pairwise(range(stages + 1) if observe else (0, stages)):
-            run(step, (*args, begin, end, kernel), min(self.threads, worth))
+            run(step, (*args, begin, end, kernel, threads), threads)
             if observe:
                 self._show(begin, work, tokens, observe)
         if work.fault[0]:
@@ -261,19 +261,9 @@ class BitNet:
         with self._lock:
             stages = STAGES * self._shape.layers + 1 + head
             kernel = kernel_index(self.kernel) if products else NO_KERNEL
-            args = (
-                self._shape,
-                self._table,
-                cache._arrays,
-                self._work,
-                context,
-                1,
-                0,
-                stages,
-                kernel,
-            )
+            args = self._shape, self._table, cache._arrays, self._work, context, 1, 0, stages
             start = time.perf_counter()
-            run(step, args, self.threads)
+            run(step, (*args, kernel, self.threads), self.threads)
             return time.perf_counter() - start
 
     def _show(self, stage: int, work: Work, tokens: int, observe: Observer) -> None:

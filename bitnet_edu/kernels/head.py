@@ -20,14 +20,6 @@ from numba import carray
 
 from bitnet_edu.kernels.bits import as_float, cached_jit, jit, pointer, sum_jit
 
-CHUNK_BYTES = 163840  # of the head that a thread takes at a time
-
-
-@jit
-def chunk_words(hidden, number_bytes):
-    """Words in a chunk."""
-    return max(1, CHUNK_BYTES // (hidden * number_bytes))
-
 
 @jit
 def head_rows(head, number_bytes, scales, x, first, last, logits):

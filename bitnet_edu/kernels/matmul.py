@@ -4,9 +4,9 @@ import numpy as np
 from numba import carray
 
 from bitnet_edu.errors import InputError
-from bitnet_edu.kernels.bits import cached_jit, ceil_div, pointer
-from bitnet_edu.kernels.simd import MAX_COLUMNS, chunk_rows, kernel_index, kernel_name, ternary_rows
-from bitnet_edu.kernels.threads import default_threads, finish, run, take, wait_for
+from bitnet_edu.kernels.bits import cached_jit, pointer
+from bitnet_edu.kernels.simd import MAX_COLUMNS, kernel_index, kernel_name, ternary_rows
+from bitnet_edu.kernels.threads import chunk_count, default_threads, finish, run, take, wait_for
 
 
 def ternary_matmul(
@@ -32,19 +32,18 @@ def ternary_matmul(
     packed, q = np.require(packed, np.uint8, "C"), np.require(q, np.int8, "CW")
     q_sums = q.sum(axis=1, dtype=np.int32)
     index = kernel_index(kernel or kernel_name())
-    args = index, packed.ctypes.data, rows, columns, q, q_sums, sums
-    run(_matmul, args, threads or default_threads())
+    threads = threads or default_threads()
+    args = index, packed.ctypes.data, rows, columns, q, q_sums, sums, threads
+    run(_matmul, args, threads)
     return sums
 
 
 @cached_jit
-def _matmul(kernel, weights, rows, columns, q, q_sums, sums, thread, counters):
-    size = chunk_rows(columns)
-    chunks = ceil_div(rows, size)
+def _matmul(kernel, weights, rows, columns, q, q_sums, sums, threads, thread, counters):
+    chunks = chunk_count(rows * columns, threads)
     chunk = take(counters)
     while chunk < chunks:
-        first = chunk * size
-        last = min(first + size, rows)
+        first, last = chunk * rows // chunks, (chunk + 1) * rows // chunks
         ternary_rows(kernel, weights, rows, columns, first, last, q, q_sums, len(q), sums)
         finish(counters)
         chunk = take(counters)

@@ -31,7 +31,7 @@ from bitnet_edu.errors import InputError
 from bitnet_edu.kernels.bits import at, jit, pointer
 
 MAX_COLUMNS = 2**17 - 1
-CHUNK_BYTES = 49152  # of weights that a thread takes at a time: a microsecond or two of reading
+BLOCK_BYTES = 49152  # of weights that stay in the caches while all tokens are multiplied with them
 AHEAD = 6144  # bytes of weights asked for before they are needed: what half a memory latency reads
 STEP = 64  # columns per turn of the loop, and what a row of activations is best padded to
 INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -226,12 +226,6 @@ _portable_one, _portable_tile = _dot_tile("portable", 1), _dot_tile("portable", 
 
 
 @jit
-def chunk_rows(columns):
-    """Byte rows that a thread takes at a time."""
-    return max(1, CHUNK_BYTES // columns)
-
-
-@jit
 def ternary_rows(kernel, weights, rows, columns, first, last, x, x_sums, tokens, out):
     """out[t, r + k * rows] = sum over c of w[r + k * rows, c] * x[t, c], exactly.
 
@@ -239,39 +233,48 @@ def ternary_rows(kernel, weights, rows, columns, first, last, x, x_sums, tokens,
     uint8[rows, columns], x: int8[>= tokens, >= columns], x_sums: int32[>= tokens], the sum of each
     row of x, out: int32[>= tokens, >= 4 * rows], kernel: an index into `KERNELS`.
     """
-    steps, x_row, out_row = columns // STEP, x.strides[0], out.strides[0] // 4
-    tile = _PORTABLE_TOKENS
-    if kernel == VNNI:
-        tile = _VNNI_TOKENS
-    elif kernel == AVX2:
-        tile = _AVX2_TOKENS
-    token = 0
-    while token < tokens:
-        if tokens - token < tile:
+    block = rows if tokens == 1 else max(1, BLOCK_BYTES // columns)
+    for begin in range(first, last, block):
+        end = min(begin + block, last)
+        token = 0
+        while token < tokens:
             tile = 1
-        x_at, sums_at, out_at = at(x[token:]), at(x_sums[token:]), at(out[token])
-        for r in range(first, last):
-            row = weights + r * columns
-            args = row, x_at, x_row, steps, sums_at, out_at + 4 * r, out_row, rows
-            if kernel == VNNI:
-                if tile > 1:
-                    _vnni_tile(*args)
-                else:
-                    _vnni_one(*args)
-            elif kernel == AVX2:
-                if tile > 1:
-                    _avx2_tile(*args)
-                else:
-                    _avx2_one(*args)
-            elif kernel == PORTABLE:
-                if tile > 1:
-                    _portable_tile(*args)
-                else:
-                    _portable_one(*args)
-            tail = carray(pointer(row, np.uint8), columns)
-            for c in range(STEP * steps, columns):  # the last columns, fewer than 64
-                byte = np.int32(tail[c])
-                for t in range(token, token + tile):
-                    for k in range(4):
-                        out[t, r + k * rows] += (byte >> 2 * k & 3) * x[t, c]
-        token += tile
+            if kernel == VNNI and tokens - token >= _VNNI_TOKENS:
+                tile = _VNNI_TOKENS
+            elif kernel == AVX2 and tokens - token >= _AVX2_TOKENS:
+                tile = _AVX2_TOKENS
+            elif kernel == PORTABLE and tokens - token >= _PORTABLE_TOKENS:
+                tile = _PORTABLE_TOKENS
+            _multiply_tile(kernel, weights, rows, columns, begin, end, x, x_sums, token, tile, out)
+            token += tile
+
+
+@jit
+def _multiply_tile(kernel, weights, rows, columns, begin, end, x, x_sums, token, tile, out):
+    """Byte rows begin..end for `tile` tokens, which is 1 or what this kernel takes at a time."""
+    steps, x_row, out_row = columns // STEP, x.strides[0], out.strides[0] // 4
+    x_at, sums_at, out_at = at(x[token:]), at(x_sums[token:]), at(out[token])
+    for r in range(begin, end):
+        row = weights + r * columns
+        args = row, x_at, x_row, steps, sums_at, out_at + 4 * r, out_row, rows
+        if kernel == VNNI:
+            if tile > 1:
+                _vnni_tile(*args)
+            else:
+                _vnni_one(*args)
+        elif kernel == AVX2:
+            if tile > 1:
+                _avx2_tile(*args)
+            else:
+                _avx2_one(*args)
+        elif kernel == PORTABLE:
+            if tile > 1:
+                _portable_tile(*args)
+            else:
+                _portable_one(*args)
+        tail = carray(pointer(row, np.uint8), columns)
+        for c in range(STEP * steps, columns):  # the last columns, fewer than 64
+            byte = np.int32(tail[c])
+            for t in range(token, token + tile):
+                for k in range(4):
+                    out[t, r + k * rows] += (byte >> 2 * k & 3) * x[t, c]

@@ -11,10 +11,10 @@ import numpy as np
 
 from bitnet_edu.kernels.attention import SPAN, attend, join, rotate_and_store
 from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit
-from bitnet_edu.kernels.head import chunk_words, head_rows
+from bitnet_edu.kernels.head import head_rows
 from bitnet_edu.kernels.pointwise import add_sums, norm_and_quantize, squared_relu
-from bitnet_edu.kernels.simd import chunk_rows, fetch, ternary_rows
-from bitnet_edu.kernels.threads import finish, finished, take, wait_for
+from bitnet_edu.kernels.simd import fetch, ternary_rows
+from bitnet_edu.kernels.threads import chunk_count, finish, finished, take, wait_for
 
 STAGE_NAMES = (
     "input norm",
@@ -30,6 +30,7 @@ STAGE_NAMES = (
 )
 STAGES = len(STAGE_NAMES)
 INPUT, QKV, ROTATION, ATTENTION, HEADS, OUTPUT, MIDDLE, GATE_UP, SQUARED_RELU, DOWN = range(STAGES)
+FETCH = 32768  # bytes of weights that a waiting thread asks for: what its caches have room for
 
 
 class Shape(NamedTuple):
@@ -90,7 +91,7 @@ class Cache(NamedTuple):
 
 
 @cached_jit
-def step(shape, table, cache, work, start, tokens, begin, end, kernel, thread, counters):
+def step(shape, table, cache, work, start, tokens, begin, end, kernel, threads, thread, counters):
     """Run work.x[:tokens], at positions start.., through the stages from `begin` to before `end`.
 
     Stage STAGES * layers is the last norm, which leaves the tokens in work.normed; the one after
@@ -103,42 +104,31 @@ def step(shape, table, cache, work, start, tokens, begin, end, kernel, thread, c
     for stage in range(begin, end):
         layer, kind = stage // STAGES, stage % STAGES
         first, last = stage_matrices(kind) if layer < shape.layers else (0, 0)
+        rows = shape.vocab
         if last:
-            count = 0
-            for m in range(first, last):
-                count += ceil_div(table.rows[m], chunk_rows(table.columns[m]))
+            rows = table.rows[first:last].sum()
+            count = chunk_count(rows * table.columns[first], threads)
         elif kind == ATTENTION:
             count = tokens * shape.kv_heads * spans
         elif stage > STAGES * shape.layers:
-            size = chunk_words(shape.hidden, table.head_bytes)
-            count = ceil_div(shape.vocab, size)
+            count = chunk_count(rows * shape.hidden * table.head_bytes, threads)
         else:
             count = tokens
         while chunk < done + count:
-            if last:
-                m, begin_row, end_row = locate(first, chunk - done, table)
-                if tokens == 1 and not finished(counters, done):  # read while we wait
-                    row = table.matrices[layer, m] + begin_row * table.columns[m]
-                    fetch(row, (end_row - begin_row) * table.columns[m])
+            index = chunk - done
+            row, end_row = index * rows // count, (index + 1) * rows // count
+            if last and tokens == 1 and not finished(counters, done):
+                fetch_rows(layer, first, row, table)
             wait_for(counters, done)
             if last:
-                multiply(m, begin_row, end_row, table, work, layer, tokens, kernel)
+                multiply(layer, first, last, row, end_row, table, work, tokens, kernel)
             elif kind == ATTENTION:
-                attention_chunk(shape, cache, work, layer, chunk - done, start, spans, thread)
+                attention_chunk(shape, cache, work, layer, index, start, spans, thread)
             elif stage > STAGES * shape.layers:
-                first_word = (chunk - done) * size
-                last_word, x = min(first_word + size, shape.vocab), work.normed[tokens - 1]
-                head_rows(
-                    table.head,
-                    table.head_bytes,
-                    table.head_scales,
-                    x[: shape.hidden],
-                    first_word,
-                    last_word,
-                    work.logits,
-                )
+                x, scales = work.normed[tokens - 1, : shape.hidden], table.head_scales
+                head_rows(table.head, table.head_bytes, scales, x, row, end_row, work.logits)
             else:
-                pointwise(stage, chunk - done, shape, table, cache, work, start, spans)
+                pointwise(stage, index, shape, table, cache, work, start, spans)
             finish(counters)
             chunk = take(counters)
         done += count
@@ -160,21 +150,28 @@ def stage_matrices(kind):
 
 
 @jit
-def locate(m, chunk, table):
-    """Which matrix, and which of its byte rows, a chunk of a stage is: (m, first, last)."""
-    while chunk >= ceil_div(table.rows[m], chunk_rows(table.columns[m])):
-        chunk -= ceil_div(table.rows[m], chunk_rows(table.columns[m]))
-        m += 1
-    size = chunk_rows(table.columns[m])
-    return m, chunk * size, min((chunk + 1) * size, table.rows[m])
+def multiply(layer, first, last, row, end_row, table, work, tokens, kernel):
+    """Byte rows row..end_row of a stage's matrices, counted through, for all tokens."""
+    for m in range(first, last):
+        rows, weights, out = (
+            table.rows[m],
+            table.matrices[layer, m],
+            work.sums[:, table.offsets[m] :],
+        )
+        begin, end = max(row, 0), min(end_row, rows)
+        x, x_sums, columns = work.q, work.q_sum, table.columns[m]
+        if begin < end:
+            ternary_rows(kernel, weights, rows, columns, begin, end, x, x_sums, tokens, out)
+        row, end_row = row - rows, end_row - rows
 
 
 @jit
-def multiply(m, first, last, table, work, layer, tokens, kernel):
-    """Some byte rows of matrix m, for all tokens."""
-    weights, out = table.matrices[layer, m], work.sums[:, table.offsets[m] :]
-    rows, columns = table.rows[m], table.columns[m]
-    ternary_rows(kernel, weights, rows, columns, first, last, work.q, work.q_sum, tokens, out)
+def fetch_rows(layer, m, row, table):
+    """Ask for the first weights of a chunk while others still make what they multiply."""
+    while row >= table.rows[m]:
+        row -= table.rows[m]
+        m += 1
+    fetch(table.matrices[layer, m] + row * table.columns[m], FETCH)
 
 
 @jit

@@ -20,9 +20,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bitnet_edu.kernels.bits import jit
+from bitnet_edu.kernels.bits import ceil_div, jit
 
 MOST_THREADS = 16  # memory, not arithmetic, is the limit long before
+PARTS = 2  # chunks a thread, at least
+MOST_BYTES = 2**20  # in a chunk
 NEXT, DONE = 0, 16  # where in the counters: two cache lines apart
 _YIELD = "SwitchToThread" if os.name == "nt" else "sched_yield"
 
@@ -97,6 +99,16 @@ def _yield_core(typingctx):
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@jit
+def chunk_count(size, threads):
+    """Into how many equal chunks to cut work on `size` bytes: some for each thread, none too large.
+
+    Memory is read fastest in long runs; but who waits for the last chunk waits for a whole one.
+    """
+    parts = PARTS * threads
+    return parts * ceil_div(size, parts * MOST_BYTES)
 
 
 @jit
