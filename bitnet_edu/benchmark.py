@@ -34,7 +34,7 @@ SHAPES = {"2b4t": BITNET_2B4T}
 CONTEXTS = (64, 512, 2048)
 DECODE_TOKENS = 16  # for each measurement
 PREFILL_TOKENS = 512
-READ_CHUNK = 2**18
+READ_CHUNK = 2**22
 BUSY = 10  # percent of the machine that others may use before we warn
 
 

@@ -8,6 +8,7 @@ import argparse
 import inspect
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -127,6 +128,39 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--revision", metavar="REV", help=revision)
     add_json(verb)
 
+    verb = add_verb(verbs, app, "bitnet-edu app", "bitnet-edu app path/to/model --port 9000")
+    add_model(verb, ternarize=False)
+    verb.add_argument("--port", type=int, default=8866, metavar="N", help="default: 8866")
+    verb.add_argument("--no-browser", action="store_true", help="do not open a browser")
+
+    verb = add_verb(
+        verbs,
+        bench,
+        "bitnet-edu bench",
+        "bitnet-edu bench --shape 2b4t --against transformers",
+        "bitnet-edu bench --shape 2b4t --contexts 64 4000 --cache float16 --threads 1 --json",
+    )
+    add_model(verb)
+    verb.add_argument("--shape", choices=("2b4t",), help="random weights of this shape instead")
+    verb.add_argument("--threads", type=int, metavar="N", help="default: the physical cores")
+    verb.add_argument("--against", choices=("transformers",), help="measure it too, by turns")
+    verb.add_argument("--repeats", type=int, default=5, metavar="N", help="default 5")
+    verb.add_argument(
+        "--contexts",
+        type=int,
+        nargs="+",
+        default=[64, 512, 2048],
+        metavar="N",
+        help="tokens in the KV cache while decoding (default 64 512 2048)",
+    )
+    verb.add_argument(
+        "--cache", choices=("float32", "float16"), default="float32", help="what the cache holds"
+    )
+    verb.add_argument(
+        "--screen", type=int, metavar="K", help="read half the head; the K best words stay exact"
+    )
+    add_json(verb)
+
     add_json(add_verb(verbs, doctor, "bitnet-edu doctor"))
     return parser
 
@@ -145,11 +179,11 @@ def add_verb(verbs: Any, run: Callable[[argparse.Namespace], int], *examples: st
     return verb
 
 
-def add_model(verb: Parser) -> None:
+def add_model(verb: Parser, ternarize: bool = True) -> None:
     verb.add_argument("model", nargs="?", default="tiny", metavar="MODEL", help="default: tiny")
-    verb.add_argument(
-        "--ternarize", action="store_true", help="take dense weights too, and round them to ternary"
-    )
+    dense = "take dense weights too, and round them to ternary"
+    if ternarize:
+        verb.add_argument("--ternarize", action="store_true", help=dense)
 
 
 def add_sampling(verb: Parser, tokens: int) -> None:
@@ -314,6 +348,55 @@ def download(args: argparse.Namespace) -> int:
         print_json({"repo": repo, "path": str(folder), "revision": folder.name, "bytes": size})
     else:
         print(folder)
+    return 0
+
+
+def app(args: argparse.Namespace) -> int:
+    """Open the explorer in a browser: chat, benchmark, published results, architecture, system.
+
+    Serves on this machine only, until Ctrl-C. Needs voila (the extra `ui`).
+    """
+    import importlib.util
+    import subprocess
+
+    if importlib.util.find_spec("voila") is None:
+        raise InputError("the explorer needs voila: pip install 'bitnet-edu[ui]'")
+    notebook = Path(__file__).parent / "ui" / "app.ipynb"
+    command = [sys.executable, "-m", "voila", str(notebook), f"--port={args.port}"]
+    command += ["--Voila.ip=127.0.0.1", "--show_tracebacks=True"]
+    command += ["--no-browser"] * args.no_browser
+    environment = os.environ | {"BITNET_EDU_APP_MODEL": args.model}
+    process = subprocess.Popen(command, env=environment)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    return process.wait()
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Measure decode, prefill and memory, and say how much of this machine's speed is reached.
+
+    A decode step reads every weight once: memory bandwidth, measured in the same run, sets the
+    limit. On stderr: what is being done, and a warning if other programs are at work.
+    """
+    from bitnet_edu.benchmark import benchmark, busy_warning, render
+
+    result = benchmark(
+        args.model,
+        ternarize=args.ternarize,
+        shape=args.shape,
+        threads=args.threads,
+        against=args.against,
+        repeats=args.repeats,
+        contexts=args.contexts,
+        cache_dtype=args.cache,
+        screen=args.screen,
+        progress=lambda message: print(message, file=sys.stderr),
+    )
+    if args.json:
+        print_json(result)
+        if warning := busy_warning(result):
+            print(warning, file=sys.stderr)
+    else:
+        console().print(render(result))
     return 0
 
 
