@@ -1,6 +1,6 @@
 """Retrain the embedded model: `python -m bitnet_edu.training --out FOLDER`.
 
-About 50 minutes on two processor cores that have bf16 arithmetic, longer elsewhere. After every
+About 40 minutes on two processor cores that have bf16 arithmetic, longer elsewhere. After every
 500 steps the model so far is saved. The same seed gives the same corpus and the same start; the
 weights that come out still depend on the machine's floating point.
 """
@@ -56,7 +56,6 @@ def main() -> None:
     minutes = (time.perf_counter() - start) / 60
     export(model, tokenizer, options.out)
     facts = {
-        "held_out_loss": held_out_loss(model, tokenizer),
         "steps": steps,
         "seed": options.seed,
         "tokens": steps * recipe.rows * recipe.length,

@@ -1,5 +1,6 @@
 """Documents to batches: tokens, who may look at whom, and which tokens the loss counts."""
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -8,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from bitnet_edu.training.corpus import Message, Question, training_documents
+from bitnet_edu.training.corpus import Message, held_out_questions, training_documents
 from bitnet_edu.training.tokenizer import BEGIN, END, END_OF_TURN
 
 IGNORED = -1
@@ -113,8 +114,10 @@ def long_chats(documents: Iterator[list[Message] | str]) -> Iterator[list[Messag
         yield joined
 
 
-def exam_batch(tokenizer: Tokenizer, questions: list[Question], rows: int, length: int) -> Batch:
-    """One batch of held-out questions with their answers, for the held-out loss."""
+def exam_batch(tokenizer: Tokenizer, rows: int = 32, length: int = 256) -> Batch:
+    """One batch of held-out questions of all categories with their answers."""
+    questions = held_out_questions(per_category=150)
+    random.Random(0).shuffle(questions)
     documents = (
         [*question.messages(), {"role": "assistant", "content": question.answer}]
         for question in questions

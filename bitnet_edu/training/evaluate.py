@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitnet_edu.training.corpus import Question, is_right
+from bitnet_edu.training.data import IGNORED, Batch
 from bitnet_edu.training.tokenizer import END_OF_TURN
 
 
@@ -49,6 +51,14 @@ class Examinee:
             for row in output[:, batch.input_ids.shape[1] :]:
                 yield tokenizer.decode(row).split(END_OF_TURN)[0]
 
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> float:
+        """Mean cross-entropy in nats over the tokens that count."""
+        with torch.compiler.set_stance("force_eager"):
+            logits = self.model(batch.ids, attention_mask=batch.mask).logits
+        logits = logits.transpose(1, 2)
+        return F.cross_entropy(logits, batch.targets, ignore_index=IGNORED).item()
+
 
 def accuracy(questions: list[Question], replies: list[str]) -> dict[str, tuple[int, int]]:
     """Category -> (right, asked), with the sum under "all"."""
@@ -56,5 +66,5 @@ def accuracy(questions: list[Question], replies: list[str]) -> dict[str, tuple[i
     for question, reply in zip(questions, replies, strict=True):
         right = is_right(question, reply)
         marks[question.category].append(right)
-        marks["all"].append(right)
+    marks["all"] = [mark for category in list(marks) for mark in marks[category]]
     return {category: (sum(m), len(m)) for category, m in marks.items()}

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitnet_edu.training.corpus import held_out_questions, training_documents
+from bitnet_edu.training.corpus import training_documents
 from bitnet_edu.training.data import IGNORED, Batch, exam_batch, texts, training_batches
 from bitnet_edu.training.model import BitNetForTraining, ModelShape
 from bitnet_edu.training.tokenizer import train_tokenizer
@@ -74,11 +74,7 @@ def batch_loss(model: BitNetForTraining, batch: Batch) -> Tensor:
 @torch.no_grad()
 def held_out_loss(model: BitNetForTraining, tokenizer: Tokenizer, rows: int = 32) -> float:
     """Cross-entropy in nats a token on answers to questions that are never trained on."""
-    questions = held_out_questions(per_category=150)
-    torch.random.manual_seed(0)
-    order = torch.randperm(len(questions)).tolist()
-    batch = exam_batch(tokenizer, [questions[i] for i in order], rows, 256)
-    return batch_loss(model, batch).item()
+    return batch_loss(model, exam_batch(tokenizer, rows)).item()
 
 
 def new_tokenizer(shape: ModelShape, seed: int, documents: int = 30_000) -> Tokenizer:

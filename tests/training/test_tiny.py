@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitnet_edu.sources import TINY
+from bitnet_edu.training.evaluate import Examinee
 from bitnet_edu.training.report import SPOT_CHECK, examine
 
 
@@ -40,7 +41,7 @@ def test_transformers_loads_it_and_it_knows_its_subject() -> None:
 
 
 def test_it_answers_the_committed_share(report) -> None:
-    marks, _ = examine(TINY, SPOT_CHECK)
+    marks, _ = examine(Examinee(TINY), SPOT_CHECK)
     committed = report["spot_check"]
     assert marks["all"]["asked"] == committed["all"]["asked"]
     # another machine's rounding may turn one answer in a hundred
