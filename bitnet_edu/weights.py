@@ -111,35 +111,40 @@ def random_weights(config: BitNetConfig, seed: int = 0) -> Weights:
         ml_dtypes.bfloat16
     )
 
-    def draw(table: np.ndarray, shape: tuple[int, int], dtype: type) -> np.ndarray:
-        size = shape[0] * shape[1] * np.dtype(dtype).itemsize
-        values = np.empty(-(-size // 2), np.uint16)
-        for first in range(0, len(values), 2**20):
+    def draw(table: np.ndarray, size: int) -> np.ndarray:
+        values = np.empty(size, np.uint16)
+        for first in range(0, size, 2**20):
             part = values[first : first + 2**20]
-            bits = rng.integers(0, 2**64, -(-len(part) // 4), np.uint64).view(np.uint16)[
-                : len(part)
-            ]
-            np.take(table.view(np.uint16), bits, out=part, mode="wrap")
-        return values.view(np.uint8)[:size].view(dtype).reshape(shape)
+            quarter = rng.integers(0, 2**64, -(-len(part) // 4), np.uint64)
+            np.take(table.view(np.uint16), quarter.view(np.uint16)[: len(part)], out=part)
+        return values
 
-    def ternary(out: int, n: int) -> TernaryMatrix:
-        # like Microsoft's, the scale is a bfloat16
-        scale = np.float32(ml_dtypes.bfloat16(1.2 / np.sqrt(n)))
-        return TernaryMatrix(draw(two_bytes, (out // 4, n), np.uint8), scale)
+    shapes = list(config.matrix_shapes.values()) * config.num_hidden_layers
+    ends = np.cumsum([out * n // 4 for out, n in shapes])
+    memory = draw(two_bytes, -(-ends[-1] // 2)).view(np.uint8)  # one piece, as in a file
+    matrices = [
+        TernaryMatrix(
+            memory[end - out * n // 4 : end].reshape(out // 4, n),
+            # like Microsoft's, the scale is a bfloat16
+            np.float32(ml_dtypes.bfloat16(1.2 / np.sqrt(n))),
+        )
+        for (out, n), end in zip(shapes, ends, strict=True)
+    ]
 
     def norm(n: int) -> np.ndarray:
         return rng.uniform(0.5, 1.5, n).astype(ml_dtypes.bfloat16).astype(np.float32)
 
     hidden, ffn = config.hidden_size, config.intermediate_size
-    embedding = draw(normal, (config.vocab_size, hidden), ml_dtypes.bfloat16)
+    embedding = draw(normal, config.vocab_size * hidden).view(ml_dtypes.bfloat16)
+    embedding = embedding.reshape(config.vocab_size, hidden)
     layers = tuple(
         LayerWeights(
-            *(ternary(*shape) for shape in config.matrix_shapes.values()),
+            *matrices[7 * i : 7 * i + 7],
             norm(hidden),
             norm(hidden),
             norm(hidden),
             norm(ffn),
         )
-        for _ in range(config.num_hidden_layers)
+        for i in range(config.num_hidden_layers)
     )
     return Weights(embedding, layers, norm(hidden), embedding)

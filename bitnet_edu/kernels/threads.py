@@ -24,7 +24,7 @@ from bitnet_edu.kernels.bits import ceil_div, jit
 
 MOST_THREADS = 16  # memory, not arithmetic, is the limit long before
 PARTS = 2  # chunks a thread, at least
-MOST_BYTES = 2**20  # in a chunk
+MOST_BYTES = 2**22  # in a chunk
 NEXT, DONE = 0, 16  # where in the counters: two cache lines apart
 _YIELD = "SwitchToThread" if os.name == "nt" else "sched_yield"
 
