@@ -11,7 +11,7 @@ from bitnet_edu.training.data import IGNORED, encode, exam_batch, training_batch
 from bitnet_edu.training.evaluate import Examinee
 from bitnet_edu.training.export import export
 from bitnet_edu.training.model import ModelShape
-from bitnet_edu.training.tokenizer import END_OF_TURN
+from bitnet_edu.training.tokenizer import END_OF_TURN, save_tokenizer
 from bitnet_edu.training.train import (
     Recipe,
     batch_loss,
@@ -74,14 +74,13 @@ def test_batches_are_packed_and_repeatable(tokenizer) -> None:
 
 
 def test_chat_encodes_to_the_same_tokens_whole_or_in_turns(tokenizer, tmp_path) -> None:
-    from bitnet_edu.training.tokenizer import save_tokenizer
-
     save_tokenizer(tokenizer, tmp_path, 512)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     prompt = theirs.apply_chat_template(CHAT[:1], add_generation_prompt=True).input_ids
-    whole = theirs.apply_chat_template(CHAT).input_ids
-    answer = theirs(CHAT[1]["content"] + END_OF_TURN, add_special_tokens=False).input_ids
-    assert whole == prompt + answer
+    for content in (CHAT[1]["content"], "Hello! How can I help you?"):
+        answer = theirs(content + END_OF_TURN, add_special_tokens=False).input_ids
+        whole = theirs.apply_chat_template([CHAT[0], {**CHAT[1], "content": content}]).input_ids
+        assert whole == prompt + answer
     assert theirs.decode(prompt) == f"<|begin_of_text|>User: What is 3 + 4?{END_OF_TURN}Assistant: "
     assert theirs("12").input_ids == [
         theirs.bos_token_id,
