@@ -14,13 +14,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from bitnet_edu.kernels.bits import as_float, at, jit, narrow, sum_jit
-from bitnet_edu.kernels.simd import INT64, sum_lanes
+from bitnet_edu.kernels.simd import FLOATS, INT64, load_floats, multiply_add, sum_lanes
 
 SPAN = 256  # positions looked at in one go: no more scores than this exist at a time
 BLOCK = 16  # positions whose values stay in the first-level cache while they are used
 TILE = 4  # positions, and query heads, that share loads
 PAD = 64  # numbers of a head's answer that are kept in registers
-FLOATS = ir.VectorType(ir.FloatType(), 16)
 
 
 @jit
@@ -149,12 +148,12 @@ def _score_tile(heads: int):
         ]
         with cgutils.for_range_slice(builder, INT64(0), size, INT64(16), INT64) as (i, _):
             column = builder.add(keys, builder.mul(i, INT64(2 if half else 4)))
-            k = [_load(builder, _row(builder, column, key_row, j), half) for j in range(TILE)]
+            k = [load_floats(builder, _row(builder, column, key_row, j), half) for j in range(TILE)]
             column = builder.add(queries, builder.mul(i, INT64(4)))
             for head in range(heads):
-                q = _load(builder, _row(builder, column, query_row, head))
+                q = load_floats(builder, _row(builder, column, query_row, head))
                 for j, sum_ in enumerate(sums[head]):
-                    builder.store(_multiply_add(builder, q, k[j], builder.load(sum_)), sum_)
+                    builder.store(multiply_add(builder, q, k[j], builder.load(sum_)), sum_)
         for head in range(heads):
             result = sum_lanes(builder, [builder.load(sum_) for sum_ in sums[head]])
             result = builder.fmul(result, _broadcast(builder, scale, TILE))
@@ -181,11 +180,13 @@ def _mix_tile(heads: int):
             [builder.add(_row(builder, out, out_row, h), INT64(64 * j)) for j in range(PAD // 16)]
             for h in range(heads)
         ]
-        sums = [[cgutils.alloca_once_value(builder, _load(builder, p)) for p in r] for r in places]
+        sums = [
+            [cgutils.alloca_once_value(builder, load_floats(builder, p)) for p in r] for r in places
+        ]
         with cgutils.for_range(builder, count, intp=INT64) as loop:
             row = builder.add(values, builder.mul(loop.index, value_row))
             v = [
-                _load(builder, builder.add(row, INT64(j * (32 if half else 64))), half)
+                load_floats(builder, builder.add(row, INT64(j * (32 if half else 64))), half)
                 for j in range(PAD // 16)
             ]
             column = builder.add(weights, builder.mul(loop.index, INT64(4)))
@@ -194,7 +195,7 @@ def _mix_tile(heads: int):
                 weight = builder.load(builder.inttoptr(address, ir.FloatType().as_pointer()))
                 weight = _broadcast(builder, weight, 16)
                 for j, sum_ in enumerate(sums[head]):
-                    builder.store(_multiply_add(builder, weight, v[j], builder.load(sum_)), sum_)
+                    builder.store(multiply_add(builder, weight, v[j], builder.load(sum_)), sum_)
         for head in range(heads):
             for sum_, place in zip(sums[head], places[head], strict=True):
                 _store(builder, builder.load(sum_), place)
@@ -218,25 +219,11 @@ def _store(builder: ir.IRBuilder, vector: ir.Value, address: ir.Value) -> None:
     builder.store(vector, builder.inttoptr(address, vector.type.as_pointer()), align=4)
 
 
-def _load(builder: ir.IRBuilder, address: ir.Value, half: bool = False) -> ir.Value:
-    """16 numbers as float32."""
-    stored = ir.VectorType(ir.HalfType(), 16) if half else FLOATS
-    value = builder.load(builder.inttoptr(address, stored.as_pointer()), align=2 if half else 4)
-    return builder.fpext(value, FLOATS) if half else value
-
-
 def _broadcast(builder: ir.IRBuilder, number: ir.Value, lanes: int) -> ir.Value:
     vector = ir.Constant(ir.VectorType(ir.FloatType(), lanes), ir.Undefined)
     vector = builder.insert_element(vector, number, ir.IntType(32)(0))
     zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
     return builder.shuffle_vector(vector, vector, zeros)
-
-
-def _multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    """a * b + c, in one instruction where there is one."""
-    function = ir.FunctionType(FLOATS, [FLOATS] * 3)
-    function = cgutils.get_or_insert_function(builder.module, function, "llvm.fmuladd.v16f32")
-    return builder.call(function, [a, b, c])
 
 
 @jit

@@ -16,9 +16,25 @@ the screen and in the exact logit; a few more roundings are covered by n + 8 in 
 """
 
 import numpy as np
-from numba import carray
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-from bitnet_edu.kernels.bits import as_float, cached_jit, jit, pointer, sum_jit
+from bitnet_edu.kernels.bits import as_float, at, cached_jit, jit, pointer
+from bitnet_edu.kernels.simd import (
+    AHEAD,
+    FLOATS,
+    INT8,
+    INT16,
+    INT32,
+    INT64,
+    STEP,
+    load_floats,
+    multiply_add,
+    prefetch_line,
+    sum_lanes,
+)
 
 
 @jit
@@ -28,32 +44,71 @@ def head_rows(head, number_bytes, scales, x, first, last, logits):
     head: the address of [vocab, hidden] float32 (number_bytes 4), bfloat16 (2) or int8 (1), whose
     rows are multiplied with float32 `scales`.
     """
-    hidden = len(x)
+    hidden, x_at = len(x), at(x)
+    whole = hidden // STEP * STEP
     for r in range(first, last):
         row = head + r * hidden * number_bytes
         if number_bytes == 2:
-            logits[r] = dot_bfloat16(x, carray(pointer(row, np.uint16), hidden))
+            logits[r] = _dot_bfloat16(x_at, row, whole)
+            rest = carray(pointer(row, np.uint16), hidden)
+            for i in range(whole, hidden):
+                logits[r] += x[i] * as_float(np.int64(rest[i]) << 16)
         elif number_bytes == 1:
-            logits[r] = scales[r] * dot(x, carray(pointer(row, np.int8), hidden))
+            logits[r] = _dot_int8(x_at, row, whole)
+            rest = carray(pointer(row, np.int8), hidden)
+            for i in range(whole, hidden):
+                logits[r] += x[i] * np.float32(rest[i])
+            logits[r] *= scales[r]
         else:
-            logits[r] = dot(x, carray(pointer(row, np.float32), hidden))
+            logits[r] = _dot_float32(x_at, row, whole)
+            rest = carray(pointer(row, np.float32), hidden)
+            for i in range(whole, hidden):
+                logits[r] += x[i] * rest[i]
 
 
-@sum_jit
-def dot(x, row):
-    total = np.float32(0)
-    for i in range(len(x)):
-        total += x[i] * np.float32(row[i])
-    return total
+def _dot(number_bytes: int):
+    """Make an intrinsic: (x, row, n) -> x . row, for addresses of n numbers, a multiple of STEP.
+
+    Like the loop that a compiler makes of this sum, but for the prefetch.
+    """
+
+    def load(builder, address):
+        """16 numbers of the row as float32."""
+        if number_bytes == 4:
+            return load_floats(builder, address)
+        vector = ir.VectorType(INT8 if number_bytes == 1 else INT16, 16)
+        numbers = builder.load(builder.inttoptr(address, vector.as_pointer()), align=1)
+        wide = ir.VectorType(INT32, 16)
+        if number_bytes == 1:
+            return builder.sitofp(builder.sext(numbers, wide), FLOATS)
+        # bfloat16 is the upper half of a float32
+        shifted = builder.shl(builder.zext(numbers, wide), ir.Constant(wide, [16] * 16))
+        return builder.bitcast(shifted, FLOATS)
+
+    def codegen(context, builder, signature, args):
+        x, row, n = args
+        zero = ir.Constant(FLOATS, [0.0] * 16)
+        sums = [cgutils.alloca_once_value(builder, zero) for _ in range(STEP // 16)]
+        with cgutils.for_range_slice(builder, INT64(0), n, INT64(STEP), INT64) as (i, _):
+            place = builder.add(row, builder.mul(i, INT64(number_bytes)))
+            for line in range(0, STEP * number_bytes, 64):
+                prefetch_line(builder, builder.add(place, INT64(AHEAD + line)))
+            x_place = builder.add(x, builder.mul(i, INT64(4)))
+            for j, sum_ in enumerate(sums):
+                a = load_floats(builder, builder.add(x_place, INT64(64 * j)))
+                b = load(builder, builder.add(place, INT64(16 * number_bytes * j)))
+                builder.store(multiply_add(builder, a, b, builder.load(sum_)), sum_)
+        a, b, c, d = (builder.load(sum_) for sum_ in sums)
+        total = sum_lanes(builder, [builder.fadd(builder.fadd(a, b), builder.fadd(c, d))])
+        return builder.extract_element(total, INT32(0))
+
+    def typer(typingctx, x, row, n):
+        return types.float32(types.int64, types.int64, types.int64), codegen
+
+    return intrinsic(typer)
 
 
-@sum_jit
-def dot_bfloat16(x, row):
-    """bfloat16 is the upper half of a float32."""
-    total = np.float32(0)
-    for i in range(len(x)):
-        total += x[i] * as_float(np.int64(row[i]) << 16)
-    return total
+_dot_int8, _dot_bfloat16, _dot_float32 = _dot(1), _dot(2), _dot(4)
 
 
 class Screen:

@@ -35,6 +35,7 @@ BLOCK_BYTES = 49152  # of weights that stay in the caches while all tokens are m
 AHEAD = 6144  # bytes of weights asked for before they are needed: what half a memory latency reads
 STEP = 64  # columns per turn of the loop, and what a row of activations is best padded to
 INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+FLOATS = ir.VectorType(ir.FloatType(), 16)
 
 
 def _vector(type_: ir.Type, lanes: int) -> ir.VectorType:
@@ -144,7 +145,7 @@ def _dot_tile(name: str, tokens: int):
         with cgutils.for_range(builder, steps, intp=INT64) as loop:
             if tokens == 1:  # else arithmetic is the limit
                 ahead = builder.add(builder.mul(loop.index, INT64(STEP)), INT64(AHEAD))
-                _prefetch(builder, builder.add(weights, ahead))
+                prefetch_line(builder, builder.add(weights, ahead))
             for part in range(0, STEP, kernel.width):
                 column = builder.add(builder.mul(loop.index, INT64(STEP)), INT64(part))
                 w = load(builder.add(weights, column), bytes_)
@@ -175,7 +176,7 @@ def _dot_tile(name: str, tokens: int):
     return intrinsic(typer)
 
 
-def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+def prefetch_line(builder: ir.IRBuilder, address: ir.Value) -> None:
     """Ask for a cache line, to be read soon; nothing happens at an address that isn't there."""
     place = builder.inttoptr(address, INT8.as_pointer())
     _call(builder, "llvm.prefetch.p0", ir.VoidType(), place, INT32(0), INT32(3), INT32(1))
@@ -184,7 +185,7 @@ def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
 @intrinsic
 def prefetch(typingctx, address):
     def codegen(context, builder, signature, args):
-        _prefetch(builder, args[0])
+        prefetch_line(builder, args[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
@@ -195,6 +196,18 @@ def fetch(address, size):
     """Ask for `size` bytes of memory, to be read soon."""
     for line in range(address, address + size, 64):
         prefetch(line)
+
+
+def load_floats(builder: ir.IRBuilder, address: ir.Value, half: bool = False) -> ir.Value:
+    """16 float32 numbers, or 16 float16 made float32."""
+    stored = _vector(ir.HalfType(), 16) if half else FLOATS
+    numbers = builder.load(builder.inttoptr(address, stored.as_pointer()), align=2 if half else 4)
+    return builder.fpext(numbers, FLOATS) if half else numbers
+
+
+def multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """a * b + c of 16 floats, in one instruction where there is one."""
+    return _call(builder, "llvm.fmuladd.v16f32", FLOATS, a, b, c)
 
 
 def sum_lanes(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
