@@ -77,7 +77,7 @@ def test_chat_encodes_to_the_same_tokens_whole_or_in_turns(tokenizer, tmp_path) 
     save_tokenizer(tokenizer, tmp_path, 512)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     prompt = theirs.apply_chat_template(CHAT[:1], add_generation_prompt=True).input_ids
-    for content in (CHAT[1]["content"], "Hello! How can I help you?"):
+    for content in (CHAT[1]["content"], "It is the scale."):
         answer = theirs(content + END_OF_TURN, add_special_tokens=False).input_ids
         whole = theirs.apply_chat_template([CHAT[0], {**CHAT[1], "content": content}]).input_ids
         assert whole == prompt + answer
