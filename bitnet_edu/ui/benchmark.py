@@ -24,7 +24,7 @@ class BenchmarkPanel(ipywidgets.VBox):
 
     def __init__(self, source: str = "tiny"):
         self.source = source
-        wide = {"style": {"description_width": "9em"}, "layout": {"width": "min(100%, 26em)"}}
+        wide = {"style": {"description_width": "11em"}, "layout": {"width": "min(100%, 28em)"}}
         self.shape = ipywidgets.Dropdown(options=SHAPES, description="Model", **wide)
         self.prompt = ipywidgets.BoundedIntText(
             PREFILL_TOKENS, min=1, max=4096, description="Prompt, tokens", **wide

@@ -85,4 +85,4 @@ def _table(rows: list[tuple[str, str]]) -> str:
         f'vertical-align:top">{html.escape(name)}</th><td>{html.escape(value)}</td></tr>'
         for name, value in rows
     )
-    return f'<table style="line-height:1.5">{cells}</table>'
+    return f'<table style="line-height:1.5;margin:0">{cells}</table>'
