@@ -4,8 +4,10 @@ The kernel's main thread only receives messages, so Stop works while tokens stre
 as text and is shown with `textContent`: what a model writes is never HTML.
 """
 
+import io
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import traitlets
 
 import bitnet_edu
 from bitnet_edu.chat import ChatSession
+from bitnet_edu.download import download, is_hub_id
 from bitnet_edu.errors import BitNetError, ContextLengthError
 from bitnet_edu.generate import BitNetLM
 
@@ -33,6 +36,8 @@ class ChatPanel(anywidget.AnyWidget):
     busy = traitlets.Bool(False).tag(sync=True)
     heard = traitlets.Int(0).tag(sync=True)  # messages of the page that have arrived
     notice = traitlets.Unicode().tag(sync=True)  # what went wrong, or what is being waited for
+    unsent = traitlets.Unicode().tag(sync=True)  # a message that could not be answered
+    full = traitlets.Bool(False).tag(sync=True)  # forgetting old messages would make it fit
     stats = traitlets.Dict().tag(sync=True)
     source = traitlets.Unicode().tag(sync=True)
     sources = traitlets.List().tag(sync=True)
@@ -63,6 +68,8 @@ class ChatPanel(anywidget.AnyWidget):
             self._start(self._answer, str(value))
         elif action == "again":
             self._start(self._answer_again)
+        elif action == "forget" and self.unsent:
+            self._start(self._forget_oldest)
         elif action == "clear":
             self._reset([])
         elif action == "open":
@@ -75,7 +82,7 @@ class ChatPanel(anywidget.AnyWidget):
 
     def _start(self, work, *arguments) -> None:
         self._stop.clear()
-        self.busy, self.notice = True, ""
+        self.busy, self.notice, self.full = True, "", False
         self._worker = threading.Thread(target=self._guarded, args=(work, *arguments), daemon=True)
         self._worker.start()
 
@@ -95,6 +102,8 @@ class ChatPanel(anywidget.AnyWidget):
 
     def _load(self, source: str) -> None:
         self.notice = f"Loading {source} ..."
+        if is_hub_id(source) and not Path(source).exists():
+            download(source, tqdm_class=progress_bar(self._follow_download))
         model: BitNetLM = bitnet_edu.load(source)
         if model.tokenizer is None:
             raise BitNetError(f"{source} has no tokenizer.json, so there is nothing to chat with")
@@ -118,9 +127,35 @@ class ChatPanel(anywidget.AnyWidget):
         self.system = str(saved.get("system", ""))
         self._reset([{"role": m["role"], "content": m["content"]} for m in messages])
 
+    def _follow_download(self, done: int, total: int, name: str) -> None:
+        if self._stop.is_set():
+            raise BitNetError("stopped; the next download continues where this one ended")
+        share = f"{done / total:.0%} of {total / 1e6:,.0f} MB" if total else f"{done / 1e6:,.0f} MB"
+        self.notice = f"Downloading {name}: {share}"
+
     def _answer(self, text: str) -> None:
         self._sync_system()
-        self._write(self.session.send(text, **self._options()), waiting_for=text)
+        self.unsent = text
+        try:
+            self._write(self.session.send(text, **self._options()), waiting_for=text)
+        except ContextLengthError:
+            self.full = self._fits([], text)
+            raise
+        self.unsent = ""
+
+    def _forget_oldest(self) -> None:
+        """Drop the oldest questions and answers until half of the context is free; send again."""
+        kept = [m for m in self.session.messages if m["role"] != "system"]
+        while kept and not self._fits(kept, self.unsent, self.session.cache.max_len // 2):
+            kept = kept[2:]
+        self._reset(kept)
+        self._answer(self.unsent)
+
+    def _fits(self, messages: list[dict], text: str, limit: int | None = None) -> bool:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        conversation = [*system, *messages, {"role": "user", "content": text}]
+        ids = self.session.model.require_tokenizer().apply_chat_template(conversation)
+        return len(ids) < (limit or self.session.cache.max_len)
 
     def _answer_again(self) -> None:
         messages = self.session.messages
@@ -186,6 +221,23 @@ class ChatPanel(anywidget.AnyWidget):
             "context_used": self.session.context_used,
             "context": self.session.cache.max_len,
         }
+
+
+def progress_bar(tell: Callable[[int, int, str], None]) -> type:
+    """A class for `download` that tells bytes done, bytes in all and the file's name."""
+    from huggingface_hub.utils import tqdm
+
+    class Progress(tqdm):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options | {"file": io.StringIO(), "disable": False})
+
+        def display(self, *_: Any, **__: Any) -> None:
+            tell(int(self.n), int(self.total or 0), self.desc)
+
+        def close(self) -> None:
+            self.disable = True  # a bar that ends has nothing more to tell
+
+    return Progress
 
 
 def _unique(*names: str) -> list[str]:

@@ -92,6 +92,53 @@ def test_a_message_that_does_not_fit_is_refused_and_the_conversation_stays(panel
     assert len(panel.messages) == 4
 
 
+def test_a_full_context_offers_to_forget_the_oldest(panel):
+    limit = panel.session.cache.max_len
+    text = "What is a ternary weight? " * 12
+    for _ in range(20):
+        say(panel, "send", text)
+        if panel.notice:
+            break
+    assert panel.full
+    assert panel.unsent == text
+    before = panel.messages
+    say(panel, "forget")
+    assert not panel.notice
+    assert not panel.full
+    assert panel.unsent == ""
+    assert panel.messages[-2]["content"] == text
+    assert panel.messages[:-2] == before[len(before) - len(panel.messages) + 2 :]
+    assert panel.stats["context_used"] < limit
+
+
+def test_a_message_longer_than_the_context_is_given_back(panel):
+    say(panel, "send", "word " * 2_000)
+    assert not panel.full  # forgetting would not help
+    assert panel.unsent == "word " * 2_000
+    say(panel, "send", "Hello!")
+    assert panel.unsent == ""
+
+
+def test_a_download_shows_its_progress_and_can_be_stopped(panel, monkeypatch):
+    seen = []
+
+    def slow_download(repo, tqdm_class):
+        bar = tqdm_class(total=4_000_000, desc="model.safetensors", unit="B")
+        for _ in range(4):
+            bar.update(1_000_000)
+            bar.refresh()
+            seen.append(panel.notice)
+            if len(seen) == 2:
+                panel.receive({"do": "stop"})
+
+    monkeypatch.setattr("bitnet_edu.ui.chat.download", slow_download)
+    say(panel, "load", HUB_MODEL)
+    assert seen[0] == "Downloading model.safetensors: 25% of 4 MB"
+    assert len(seen) == 2
+    assert "continues" in panel.notice
+    assert panel.source == "tiny"
+
+
 def test_every_message_of_the_page_is_acknowledged(panel):
     for count in (1, 2):
         say(panel, "clear")
@@ -131,10 +178,10 @@ def test_a_missing_model_is_one_clear_notice_and_the_old_one_stays(panel, tmp_pa
 def test_the_real_model_is_offered_and_its_absence_explained(panel, monkeypatch):
     assert HUB_MODEL in panel.sources
 
-    def no_network(source):
+    def no_network(source, tqdm_class):
         raise BitNetError("no network: connect and try again")
 
-    monkeypatch.setattr("bitnet_edu.load", no_network)
+    monkeypatch.setattr("bitnet_edu.ui.chat.download", no_network)
     say(panel, "load", HUB_MODEL)
     assert panel.notice == "no network: connect and try again"
 

@@ -53,6 +53,12 @@ function render({ model, el }) {
   const stats = element("div", "bn-stats", { role: "status", "aria-label": "Speed and context" });
   const input = element("textarea", "bn-input", { rows: "2", placeholder: "Write a message", "aria-label": "Message" });
 
+  const forget = button(
+    "Forget the oldest messages and send again",
+    "Makes room in the context; Clear forgets everything",
+    () => command("forget"),
+  );
+
   // model picker
   const picker = element("select", "", { "aria-label": "Model" });
   const other = "Another folder, file or hub id ...";
@@ -145,6 +151,7 @@ function render({ model, el }) {
     panel,
     log,
     notice,
+    element("div", "bn-row", {}, forget),
     input,
     element("div", "bn-row", {}, sendButton, stopButton, againButton, clearButton),
   );
@@ -173,9 +180,15 @@ function render({ model, el }) {
     root.classList.toggle("bn-busy", busy);
     root.setAttribute("aria-busy", busy);
     stopButton.disabled = !busy;
-    for (const node of [sendButton, againButton, clearButton, picker]) node.disabled = busy;
+    for (const node of [sendButton, againButton, clearButton, forget, picker]) node.disabled = busy;
+    drawUnsent();
   };
   const drawNotice = () => (notice.textContent = model.get("notice"));
+  const drawFull = () => (forget.hidden = !model.get("full"));
+  const drawUnsent = () => {
+    // what could not be answered goes back to where it was written
+    if (!model.get("busy") && model.get("unsent") && !input.value) input.value = model.get("unsent");
+  };
   const drawStats = () => {
     const s = model.get("stats");
     const parts = [];
@@ -192,6 +205,7 @@ function render({ model, el }) {
     stats: drawStats,
     sources: drawSources,
     source: drawSources,
+    full: drawFull,
     heard: () => clearTimeout(waiting),
     system: () => (system.value = model.get("system")),
   };
