@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import nbformat
 import pytest
 from playwright.sync_api import Browser, Page, TimeoutError, expect
 
-APP = Path(__file__).parents[2] / "bitnet_edu" / "ui" / "app.ipynb"
+from bitnet_edu.sources import TINY
+
 MINUTE = 60_000  # milliseconds; the first answer may have to wait for the compiler
 expect.set_options(timeout=MINUTE)
 # JupyterLab and Voila say these themselves, on every page and without our panels
@@ -59,18 +61,44 @@ def voila_url(tmp_path_factory) -> Iterator[str]:
         yield url
 
 
+# tiny answers faster than anybody can press Stop, so it gets the pace of a large model
+SLOW_PANEL = """
+import time
+from bitnet_edu.ui.chat import ChatPanel
+
+panel = ChatPanel("tiny")
+panel.wait()
+model, forward = panel.session.model, panel.session.model.forward
+model.forward = lambda ids, cache: time.sleep(0.05) or forward(ids, cache)
+panel
+"""
+
+
 @pytest.fixture(scope="module")
-def lab_url(tmp_path_factory) -> Iterator[str]:
-    """JupyterLab with a notebook whose one cell shows the chat panel."""
-    folder, port = tmp_path_factory.mktemp("lab"), free_port()
-    cell = nbformat.v4.new_code_cell(
-        'from bitnet_edu.ui.chat import ChatPanel\npanel = ChatPanel("tiny")\npanel'
-    )
+def slow_notebook(tmp_path_factory) -> Path:
+    """A notebook whose one cell shows a chat panel."""
+    path = tmp_path_factory.mktemp("notebooks") / "chat.ipynb"
+    cell = nbformat.v4.new_code_cell(SLOW_PANEL)
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), folder / "chat.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def slow_voila_url(slow_notebook: Path, tmp_path_factory) -> Iterator[str]:
+    port = free_port()
+    command = [sys.executable, "-m", "voila", str(slow_notebook), "--no-browser", f"--port={port}"]
+    with server(command, port, tmp_path_factory.mktemp("slow") / "log") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def lab_url(slow_notebook: Path, tmp_path_factory) -> Iterator[str]:
+    folder, port = tmp_path_factory.mktemp("lab"), free_port()
     command = [
         *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"),
-        *("--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=", str(folder)),
+        *("--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token="),
+        str(slow_notebook.parent),
     ]
     os.environ.setdefault("JUPYTERLAB_SETTINGS_DIR", str(folder / "settings"))
     with server(command, port, folder / "log") as url:
@@ -154,36 +182,72 @@ def drive_chat(page: Page) -> None:
 
 
 def stop_midway(page: Page) -> None:
-    """Let the model write until its context is full, and stop it before."""
-    page.locator(".bn-settings summary").click()
-    temperature = page.get_by_label("Temperature")
-    temperature.fill("2")
-    temperature.press("Tab")
-    page.get_by_label("Longest answer").fill("4000")
-    page.get_by_label("Longest answer").press("Tab")
-    send(page, "Tell me a story about a fox.")
-    page.locator(".bn-assistant .bn-text:not(:empty)").wait_for()
-    page.get_by_label("Message", exact=True).press("Escape")
+    """See text come piece by piece, press Escape, and find that it ends at once."""
+    page.locator(".bn-chat").wait_for()
     idle(page)
-    assert answer(page)
+    send(page, "Tell me a story about a fox.")
+    live = page.locator(".bn-assistant .bn-text").last
+    expect(live).not_to_be_empty()
+    first = live.inner_text()
+    expect(live).not_to_have_text(first)  # it grows
+    page.get_by_label("Message", exact=True).press("Escape")
+    expect(page.locator(".bn-chat")).to_have_attribute("aria-busy", "false", timeout=2_000)
+    stopped = answer(page)
+    page.evaluate("document.querySelector('.bn-assistant').dataset.old = 'yes'")
+    page.get_by_role("button", name="Again").click()
+    page.wait_for_function("!document.querySelector('.bn-assistant[data-old]')")
+    idle(page)
+    assert answer(page).startswith(stopped)
+    assert len(answer(page)) > len(stopped)
 
 
 def test_chat_in_voila(page: Page, voila_url: str):
     page.goto(voila_url)
     drive_chat(page)
-    stop_midway(page)
     page.set_viewport_size({"width": 390, "height": 800})
     page.wait_for_function("document.querySelector('.bn-chat').scrollWidth <= 390")
+
+
+def test_stop_in_voila(page: Page, slow_voila_url: str):
+    page.goto(slow_voila_url)
+    stop_midway(page)
+
+
+def test_full_context_in_voila(page: Page, voila_url: str):
+    page.goto(voila_url)
+    page.locator(".bn-chat").wait_for()
+    idle(page)
+    forget = page.get_by_role("button", name="Forget the oldest")
+    for _ in range(20):
+        assert forget.is_hidden()
+        send(page, "What is a ternary weight? " * 12)
+        idle(page)
+        if page.locator(".bn-notice").inner_text():
+            break
+    many = page.locator(".bn-message").count()
+    forget.click()
+    page.wait_for_function(
+        "many => document.querySelectorAll('.bn-message').length < many", arg=many
+    )
+    idle(page)
+    expect(page.locator(".bn-message").last).to_have_class("bn-message bn-assistant")
+    assert forget.is_hidden()
 
 
 def test_model_picker_in_voila(page: Page, voila_url: str, tmp_path: Path):
     page.goto(voila_url)
     page.locator(".bn-chat").wait_for()
     idle(page)
-    page.on("dialog", lambda dialog: dialog.accept(str(tmp_path / "nowhere")))
+    copy = shutil.copytree(TINY, tmp_path / "copy")
+    wanted = iter([str(tmp_path / "nowhere"), str(copy)])
+    page.on("dialog", lambda dialog: dialog.accept(next(wanted)))
     picker = page.locator(".bn-top select")
     picker.select_option(label="Another folder, file or hub id ...")
     expect(page.locator(".bn-notice")).to_contain_text("nowhere")
+    idle(page)
+    assert picker.input_value() == "tiny"
+    picker.select_option(label="Another folder, file or hub id ...")
+    expect(picker).to_have_value(str(copy))
     idle(page)
     send(page, "Hello!")
     expect(page.locator(".bn-assistant .bn-text").last).not_to_be_empty()

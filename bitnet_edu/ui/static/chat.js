@@ -137,7 +137,6 @@ function render({ model, el }) {
   const againButton = button("Again", "Answer the last message again", () => command("again"));
   const clearButton = button("Clear", "Forget this conversation", () => command("clear"));
   input.addEventListener("keydown", (event) => {
-    event.stopPropagation(); // the notebook has shortcuts of its own
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
       event.preventDefault();
       send();
@@ -156,6 +155,7 @@ function render({ model, el }) {
     element("div", "bn-row", {}, sendButton, stopButton, againButton, clearButton),
   );
   root.addEventListener("keydown", (event) => {
+    event.stopPropagation(); // the notebook has shortcuts of its own
     if (event.key === "Escape" && model.get("busy")) command("stop");
   });
 
