@@ -15,7 +15,7 @@ import numpy as np
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
 from bitnet_edu.kernels.attention import PAD, SPAN, TILE
 from bitnet_edu.kernels.head import Screen
-from bitnet_edu.kernels.simd import MAX_COLUMNS, NO_KERNEL, kernel_index, kernel_name
+from bitnet_edu.kernels.simd import MAX_COLUMNS, NO_KERNEL, has_float16, kernel_index, kernel_name
 from bitnet_edu.kernels.step import (
     DOWN,
     GATE_UP,
@@ -68,6 +68,8 @@ class KVCache:
             )
         if dtype not in (np.float32, np.float16):
             raise InputError(f"a KV cache is float32 or float16, not {dtype}")
+        if dtype == np.float16 and not has_float16():
+            raise InputError("this CPU cannot convert float16: take a float32 KV cache")
         self.config = config
         rows, numbers = _round_up(max_len, TILE), _round_up(config.head_dim, PAD)
         shape = config.num_hidden_layers, config.num_key_value_heads, rows, numbers

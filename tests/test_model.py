@@ -8,7 +8,7 @@ import pytest
 
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
 from bitnet_edu.kernels.head import Screen
-from bitnet_edu.kernels.simd import supported_kernels
+from bitnet_edu.kernels.simd import has_float16, supported_kernels
 from bitnet_edu.model import BATCH, BitNet
 from bitnet_edu.reference import BitNetReference
 from bitnet_edu.weights import BitNetConfig, TernaryMatrix, random_weights
@@ -142,6 +142,10 @@ def test_truncate_forgets():
 
 
 def test_half_precision_cache_is_close():
+    if not has_float16():
+        with pytest.raises(InputError, match="take a float32 KV cache"):
+            model_of(config()).new_cache(10, np.float16)
+        return
     model = model_of(config(context=1024))
     ids = ids_of(model.config, 600)
     exact = model.forward(ids, model.new_cache(600))

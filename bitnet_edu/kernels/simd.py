@@ -17,14 +17,15 @@ compiles to whatever vectors the machine has (NEON on Arm).
 
 import functools
 import os
+import platform
 from collections.abc import Callable
 from typing import NamedTuple
 
-import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from bitnet_edu.errors import InputError
@@ -93,10 +94,20 @@ KERNELS = {
 
 
 @functools.cache
+def cpu_features() -> frozenset[str]:
+    """What Numba compiles for: the features of this CPU, unless NUMBA_CPU_FEATURES names others."""
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return frozenset(name[1:] for name in features.split(",") if name.startswith("+"))
+
+
 def supported_kernels() -> tuple[str, ...]:
     """The names in `KERNELS` that this CPU can run, fastest first."""
-    features = llvm.get_host_cpu_features()
-    return tuple(n for n, k in KERNELS.items() if all(features.get(f) for f in k.features))
+    return tuple(name for name, k in KERNELS.items() if cpu_features().issuperset(k.features))
+
+
+def has_float16() -> bool:
+    """Whether this CPU converts float16: all 64-bit Arm, and x86 since 2012."""
+    return "f16c" in cpu_features() or platform.machine() in ("aarch64", "arm64")
 
 
 def kernel_name() -> str:
