@@ -14,8 +14,9 @@ import numpy as np
 
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
 from bitnet_edu.kernels.attention import PAD, SPAN, TILE
+from bitnet_edu.kernels.bits import has_float16
 from bitnet_edu.kernels.head import Screen
-from bitnet_edu.kernels.simd import MAX_COLUMNS, NO_KERNEL, has_float16, kernel_index, kernel_name
+from bitnet_edu.kernels.simd import MAX_COLUMNS, NO_KERNEL, kernel_index, kernel_name
 from bitnet_edu.kernels.step import (
     DOWN,
     GATE_UP,

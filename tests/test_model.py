@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
+from bitnet_edu.kernels.bits import has_float16
 from bitnet_edu.kernels.head import Screen
-from bitnet_edu.kernels.simd import has_float16, supported_kernels
+from bitnet_edu.kernels.simd import supported_kernels
 from bitnet_edu.model import BATCH, BitNet
 from bitnet_edu.reference import BitNetReference
 from bitnet_edu.weights import BitNetConfig, TernaryMatrix, random_weights

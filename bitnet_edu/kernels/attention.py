@@ -13,8 +13,17 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bitnet_edu.kernels.bits import as_float, at, jit, narrow, sum_jit
-from bitnet_edu.kernels.simd import FLOATS, INT64, load_floats, multiply_add, sum_lanes
+from bitnet_edu.kernels.bits import (
+    FLOATS,
+    as_float,
+    at,
+    jit,
+    load_floats,
+    multiply_add,
+    narrow,
+    sum_jit,
+)
+from bitnet_edu.kernels.simd import INT64, sum_lanes
 
 SPAN = 256  # positions looked at in one go: no more scores than this exist at a time
 BLOCK = 16  # positions whose values stay in the first-level cache while they are used

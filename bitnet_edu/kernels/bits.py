@@ -2,12 +2,17 @@
 
 import functools
 import hashlib
+import platform
 from pathlib import Path
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, register_jitable
+
+FLOATS = ir.VectorType(ir.FloatType(), 16)
 
 # Compiled code raises nothing: a thread that stopped half-way would leave the others waiting.
 # So division follows NumPy, and NaN is looked for where it matters (pointwise.py).
@@ -41,6 +46,18 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """What Numba compiles for: the features of this CPU, unless NUMBA_CPU_FEATURES names others."""
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return frozenset(name[1:] for name in features.split(",") if name.startswith("+"))
+
+
+def has_float16() -> bool:
+    """Whether this CPU converts float16: all 64-bit Arm, and x86 since 2012."""
+    return "f16c" in cpu_features() or platform.machine() in ("aarch64", "arm64")
+
+
 @jit
 def at(array):
     """Where an array begins, as an int64."""
@@ -60,6 +77,20 @@ def pointer(typingctx, address, dtype):
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(dtype.dtype)(types.int64, dtype), codegen
+
+
+def load_floats(builder: ir.IRBuilder, address: ir.Value, half: bool = False) -> ir.Value:
+    """LLVM code that loads 16 float32 numbers, or 16 float16 made float32."""
+    stored = ir.VectorType(ir.HalfType(), 16) if half else FLOATS
+    numbers = builder.load(builder.inttoptr(address, stored.as_pointer()), align=2 if half else 4)
+    return builder.fpext(numbers, FLOATS) if half else numbers
+
+
+def multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """LLVM code for a * b + c of 16 floats, in one instruction where there is one."""
+    signature = ir.FunctionType(FLOATS, [FLOATS] * 3)
+    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.fmuladd.v16f32")
+    return builder.call(function, [a, b, c])
 
 
 @intrinsic

@@ -21,20 +21,17 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bitnet_edu.kernels.bits import as_float, at, cached_jit, jit, pointer
-from bitnet_edu.kernels.simd import (
-    AHEAD,
+from bitnet_edu.kernels.bits import (
     FLOATS,
-    INT8,
-    INT16,
-    INT32,
-    INT64,
-    STEP,
+    as_float,
+    at,
+    cached_jit,
+    jit,
     load_floats,
     multiply_add,
-    prefetch_line,
-    sum_lanes,
+    pointer,
 )
+from bitnet_edu.kernels.simd import AHEAD, INT8, INT16, INT32, INT64, STEP, prefetch_line, sum_lanes
 
 
 @jit

@@ -15,9 +15,7 @@ unrolled machine code here. `KERNELS` lists what a CPU must offer; "portable" as
 compiles to whatever vectors the machine has (NEON on Arm).
 """
 
-import functools
 import os
-import platform
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,18 +23,16 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from bitnet_edu.errors import InputError
-from bitnet_edu.kernels.bits import at, jit, pointer
+from bitnet_edu.kernels.bits import at, cpu_features, jit, pointer
 
 MAX_COLUMNS = 2**17 - 1
 BLOCK_BYTES = 49152  # of weights that stay in the caches while all tokens are multiplied with them
 AHEAD = 6144  # bytes of weights asked for before they are needed: what half a memory latency reads
 STEP = 64  # columns per turn of the loop, and what a row of activations is best padded to
 INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-FLOATS = ir.VectorType(ir.FloatType(), 16)
 
 
 def _vector(type_: ir.Type, lanes: int) -> ir.VectorType:
@@ -76,6 +72,11 @@ def _dot_portable(builder: ir.IRBuilder, sums: ir.Value, codes: ir.Value, x: ir.
     return builder.add(sums, builder.sext(products, sums.type))
 
 
+def _dot_sdot(builder: ir.IRBuilder, sums: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
+    """Arm's 16 signed times 16 signed bytes, four neighbours added into each of 4 sums."""
+    return _call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", sums.type, sums, codes, x)
+
+
 class Kernel(NamedTuple):
     """An instruction set: the CPU features it needs and the shape of its unrolled code."""
 
@@ -84,30 +85,20 @@ class Kernel(NamedTuple):
     sums: int  # int32 sums in a vector
     tokens: int  # tokens that share decoded weights in prefill: as many as the registers hold
     dot: Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value], ir.Value]
+    signed: bool = False  # takes codes up to 127 only, so that 2 << 6 = 128 must be avoided
 
 
 KERNELS = {
     "vnni": Kernel(("avx512vnni", "avx512bw"), 64, 16, 4, _dot_vnni),
     "avx2": Kernel(("avx2",), 32, 8, 2, _dot_avx2),
+    "sdot": Kernel(("dotprod",), 16, 4, 4, _dot_sdot, signed=True),
     "portable": Kernel((), 16, 16, 2, _dot_portable),
 }
-
-
-@functools.cache
-def cpu_features() -> frozenset[str]:
-    """What Numba compiles for: the features of this CPU, unless NUMBA_CPU_FEATURES names others."""
-    _, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return frozenset(name[1:] for name in features.split(",") if name.startswith("+"))
 
 
 def supported_kernels() -> tuple[str, ...]:
     """The names in `KERNELS` that this CPU can run, fastest first."""
     return tuple(name for name, k in KERNELS.items() if cpu_features().issuperset(k.features))
-
-
-def has_float16() -> bool:
-    """Whether this CPU converts float16: all 64-bit Arm, and x86 since 2012."""
-    return "f16c" in cpu_features() or platform.machine() in ("aarch64", "arm64")
 
 
 def kernel_name() -> str:
@@ -161,6 +152,10 @@ def _dot_tile(name: str, tokens: int):
                 column = builder.add(builder.mul(loop.index, INT64(STEP)), INT64(part))
                 w = load(builder.add(weights, column), bytes_)
                 codes = [builder.and_(w, _splat(bytes_, 3 << 2 * k)) for k in range(4)]
+                if kernel.signed:
+                    codes[3] = builder.and_(
+                        builder.lshr(w, _splat(bytes_, 2)), _splat(bytes_, 3 << 4)
+                    )
                 for token in range(tokens):
                     row = builder.add(x, builder.mul(x_stride, INT64(token)))
                     activations = load(builder.add(row, column), bytes_)
@@ -171,7 +166,8 @@ def _dot_tile(name: str, tokens: int):
         four = _vector(INT32, 4)
         for token in range(tokens):
             total = sum_lanes(builder, [builder.load(a) for a in accumulators[token]])
-            total = builder.ashr(total, ir.Constant(four, [0, 2, 4, 6]))
+            shifts = [0, 2, 4, 4 if kernel.signed else 6]
+            total = builder.ashr(total, ir.Constant(four, shifts))
             x_sum = load(builder.add(x_sums, INT64(4 * token)), INT32)
             for k in range(4):
                 value = builder.sub(builder.extract_element(total, INT32(k)), x_sum)
@@ -209,18 +205,6 @@ def fetch(address, size):
         prefetch(line)
 
 
-def load_floats(builder: ir.IRBuilder, address: ir.Value, half: bool = False) -> ir.Value:
-    """16 float32 numbers, or 16 float16 made float32."""
-    stored = _vector(ir.HalfType(), 16) if half else FLOATS
-    numbers = builder.load(builder.inttoptr(address, stored.as_pointer()), align=2 if half else 4)
-    return builder.fpext(numbers, FLOATS) if half else numbers
-
-
-def multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    """a * b + c of 16 floats, in one instruction where there is one."""
-    return _call(builder, "llvm.fmuladd.v16f32", FLOATS, a, b, c)
-
-
 def sum_lanes(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
     """N vectors -> one vector with their N sums, by adding neighbours until N lanes are left."""
     element, n = vectors[0].type.element, len(vectors)
@@ -241,12 +225,13 @@ def sum_lanes(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
     return vectors[0]
 
 
-VNNI, AVX2, PORTABLE = range(len(KERNELS))
+VNNI, AVX2, SDOT, PORTABLE = range(len(KERNELS))
 NO_KERNEL = -1  # multiplies nothing: benchmark.py measures what is left
-_VNNI_TOKENS, _AVX2_TOKENS, _PORTABLE_TOKENS = (kernel.tokens for kernel in KERNELS.values())
-_vnni_one, _vnni_tile = _dot_tile("vnni", 1), _dot_tile("vnni", _VNNI_TOKENS)
-_avx2_one, _avx2_tile = _dot_tile("avx2", 1), _dot_tile("avx2", _AVX2_TOKENS)
-_portable_one, _portable_tile = _dot_tile("portable", 1), _dot_tile("portable", _PORTABLE_TOKENS)
+_TOKENS = tuple(kernel.tokens for kernel in KERNELS.values())
+_vnni_one, _vnni_tile = _dot_tile("vnni", 1), _dot_tile("vnni", _TOKENS[VNNI])
+_avx2_one, _avx2_tile = _dot_tile("avx2", 1), _dot_tile("avx2", _TOKENS[AVX2])
+_sdot_one, _sdot_tile = _dot_tile("sdot", 1), _dot_tile("sdot", _TOKENS[SDOT])
+_portable_one, _portable_tile = _dot_tile("portable", 1), _dot_tile("portable", _TOKENS[PORTABLE])
 
 
 @jit
@@ -262,13 +247,9 @@ def ternary_rows(kernel, weights, rows, columns, first, last, x, x_sums, tokens,
         end = min(begin + block, last)
         token = 0
         while token < tokens:
-            tile = 1
-            if kernel == VNNI and tokens - token >= _VNNI_TOKENS:
-                tile = _VNNI_TOKENS
-            elif kernel == AVX2 and tokens - token >= _AVX2_TOKENS:
-                tile = _AVX2_TOKENS
-            elif kernel == PORTABLE and tokens - token >= _PORTABLE_TOKENS:
-                tile = _PORTABLE_TOKENS
+            tile = _TOKENS[max(kernel, 0)]
+            if tokens - token < tile:
+                tile = 1
             _multiply_tile(kernel, weights, rows, columns, begin, end, x, x_sums, token, tile, out)
             token += tile
 
@@ -291,6 +272,11 @@ def _multiply_tile(kernel, weights, rows, columns, begin, end, x, x_sums, token,
                 _avx2_tile(*args)
             else:
                 _avx2_one(*args)
+        elif kernel == SDOT:
+            if tile > 1:
+                _sdot_tile(*args)
+            else:
+                _sdot_one(*args)
         elif kernel == PORTABLE:
             if tile > 1:
                 _portable_tile(*args)
