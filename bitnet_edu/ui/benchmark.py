@@ -35,9 +35,7 @@ class BenchmarkPanel(ipywidgets.VBox):
         self.repeats = ipywidgets.BoundedIntText(5, min=1, max=50, description="Repeats", **wide)
         self.sweep = ipywidgets.Checkbox(description="with 1, 2, ... threads", indent=False)
         self.against = ipywidgets.Checkbox(description="against transformers", indent=False)
-        self.start = ipywidgets.Button(
-            description="Measure", button_style="primary", tooltip="Start the measurement"
-        )
+        self.start = ipywidgets.Button(description="Measure", tooltip="Start the measurement")
         self.status = ipywidgets.HTML()
         self.output = ipywidgets.HTML()
         self.results: list[dict[str, Any]] = []
