@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
-from bitnet_edu.kernels.attention import PAD, SPAN, TILE
+from bitnet_edu.kernels.attention import PAD, SPAN, STRETCH, TILE
 from bitnet_edu.kernels.bits import has_float16
 from bitnet_edu.kernels.head import Screen
 from bitnet_edu.kernels.simd import MAX_COLUMNS, NO_KERNEL, kernel_index, kernel_name
@@ -331,7 +331,7 @@ class BitNet:
             mixed=_zeros((slots, heads, numbers), np.float32),
             largest=_zeros((slots, heads), np.float32),
             total=_zeros((slots, heads), np.float32),
-            scores=_zeros((self.threads, heads // c.num_key_value_heads, SPAN), np.float32),
+            scores=_zeros((self.threads, heads // c.num_key_value_heads, STRETCH), np.float32),
             logits=_zeros((c.vocab_size,), np.float32),
             fault=_zeros((1,), np.int64),
         )

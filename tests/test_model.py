@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
+from bitnet_edu.kernels.attention import SPAN
 from bitnet_edu.kernels.bits import has_float16
 from bitnet_edu.kernels.head import Screen
 from bitnet_edu.kernels.simd import supported_kernels
@@ -91,10 +92,10 @@ def test_cache_prefill_and_decode_give_the_same_rows(kernel):
 def test_chunked_prefill_is_the_same_as_whole():
     """Also across the tiles that a long prompt is cut into, and the spans of attention."""
     model = model_of(config(context=2048), seed=3)
-    ids = ids_of(model.config, 2 * BATCH + 90)
-    whole = model.forward(ids, model.new_cache(1000))
-    for cuts in ([BATCH], [1, 2], [300, 301, 302], [len(ids) - 1]):
-        cache = model.new_cache(1000)
+    ids = ids_of(model.config, SPAN + BATCH + 90)
+    whole = model.forward(ids, model.new_cache(1400))
+    for cuts in ([BATCH], [1, 2], [300, 301, 302], [SPAN, SPAN + 1], [len(ids) - 1]):
+        cache = model.new_cache(1400)
         for part in np.split(ids, cuts):
             scores = model.forward(part, cache)
         assert difference(scores, whole) < 1e-6
@@ -176,21 +177,21 @@ def test_what_does_not_fit_leaves_the_cache_alone():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("where", ["embedding", "scale", "norm"])
+@pytest.mark.parametrize("where", ["embedding", "norm", *config().matrix_shapes])
 def test_nan_and_inf_are_reported(value, where):
     model = model_of(config())
     weights = model.weights
     if where == "embedding":
         weights.embedding[7, 3] = value
         expected = r"layer 0, input norm"
-    elif where == "scale":
-        layer = weights.layers[1]
-        layer = layer._replace(down_proj=TernaryMatrix(layer.down_proj.packed, np.float32(value)))
-        weights = weights._replace(layers=(weights.layers[0], layer))
-        expected = "last norm"
-    else:
+    elif where == "norm":
         weights.layers[1].attn_sub_norm[0] = value
-        expected = r"layer 1"
+        expected = "layer 1, attention's SubLN"
+    else:
+        layer = weights.layers[1]
+        matrix = TernaryMatrix(getattr(layer, where).packed, np.float32(value))
+        weights = weights._replace(layers=(weights.layers[0], layer._replace(**{where: matrix})))
+        expected = "layer 1" if where != "down_proj" else "last norm"
     model = BitNet(model.config, weights)
     cache = model.new_cache(8)
     with pytest.raises(BitNetError, match=f"NaN or Inf .*{expected}"):

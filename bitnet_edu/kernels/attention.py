@@ -19,13 +19,15 @@ from bitnet_edu.kernels.bits import (
     at,
     jit,
     load_floats,
+    max_jit,
     multiply_add,
     narrow,
     sum_jit,
 )
-from bitnet_edu.kernels.simd import INT64, sum_lanes
+from bitnet_edu.kernels.simd import AHEAD, INT64, prefetch_line, sum_lanes
 
-SPAN = 256  # positions looked at in one go: no more scores than this exist at a time
+SPAN = 1024  # positions in a chunk when one token is decoded
+STRETCH = 256  # positions looked at in one go: no more scores than this exist at a time
 BLOCK = 16  # positions whose values stay in the first-level cache while they are used
 TILE = 4  # positions, and query heads, that share loads
 PAD = 64  # numbers of a head's answer that are kept in registers
@@ -66,20 +68,19 @@ def attend(queries, keys, values, positions, scale, scores, mixed, largest, tota
     """mixed[h] = sum of exp(score - largest[h]) * value over all positions, total[h] = sum of exp.
 
     queries, mixed: float32[group, size], keys, values: [>= positions, size], largest, total:
-    float32[group]; scores: scratch, float32[group, SPAN]. A running maximum and sum keep it to one
+    float32[group]; scores: scratch, float32[group, STRETCH]. A running maximum and sum keep it to one
     pass (online softmax: Milakov and Gimelshein, arXiv 1805.02867).
     """
     group, size = queries.shape
     mixed[:] = 0
     largest[:] = -np.inf
     total[:] = 0
-    for first in range(0, positions, SPAN):
-        count = min(SPAN, positions - first)
+    for first in range(0, positions, STRETCH):
+        count = min(STRETCH, positions - first)
         score(queries, keys[first:], count, scale, scores)
         for head in range(group):
             row, before = scores[head, :count], largest[head]
-            for i in range(count):
-                largest[head] = max(largest[head], row[i])
+            largest[head] = max(before, maximum(row))
             shrink = math.exp(before - largest[head])
             exponentials(row, largest[head])
             total[head] = total[head] * shrink + add_up(row)
@@ -92,53 +93,37 @@ def attend(queries, keys, values, positions, scale, scores, mixed, largest, tota
 def score(queries, keys, count, scale, scores):
     """scores[h, i] = scale * dot(queries[h], keys[i]) for i < count, rounded up to a full tile."""
     group, size = queries.shape
+    q_row, k_row, s_row = queries.strides[0], keys.strides[0], scores.strides[0]
+    q, k, s, like = at(queries), at(keys), at(scores), keys[0, 0]
     for i in range(0, count, TILE):
-        head = 0
-        while head < group:
-            row, q, out = keys[i], queries[head:], scores[head:, i:]
-            args = (
-                at(q),
-                q.strides[0],
-                at(row),
-                keys.strides[0],
-                size,
-                scale,
-                at(out),
-                out.strides[0],
+        for head in range(0, group - TILE + 1, TILE):
+            place = s + head * s_row + 4 * i
+            _scores_of_four(
+                q + head * q_row, q_row, k + i * k_row, k_row, size, scale, place, s_row, like
             )
-            if head + TILE <= group:
-                _scores_of_four(*args, row[0])
-                head += TILE
-            else:
-                _scores_of_one(*args, row[0])
-                head += 1
+        for head in range(group // TILE * TILE, group):
+            place = s + head * s_row + 4 * i
+            _scores_of_one(
+                q + head * q_row, q_row, k + i * k_row, k_row, size, scale, place, s_row, like
+            )
 
 
 @jit
 def mix(scores, values, count, mixed):
     """mixed[h] += sum of scores[h, i] * values[i] over i < count."""
     group, size = mixed.shape
+    s_row, v_row, m_row = scores.strides[0], values.strides[0], mixed.strides[0]
+    s, m, like = at(scores), at(mixed), values[0, 0]
     for i in range(0, count, BLOCK):
         rows = min(BLOCK, count - i)
         for part in range(0, size, PAD):
-            head = 0
-            while head < group:
-                row, w, out = values[i, part:], scores[head:, i:], mixed[head:, part:]
-                args = (
-                    at(w),
-                    w.strides[0],
-                    at(row),
-                    values.strides[0],
-                    rows,
-                    at(out),
-                    out.strides[0],
-                )
-                if head + TILE <= group:
-                    _mix_four(*args, row[0])
-                    head += TILE
-                else:
-                    _mix_one(*args, row[0])
-                    head += 1
+            v = at(values[i, part:])
+            for head in range(0, group - TILE + 1, TILE):
+                w, place = s + head * s_row + 4 * i, m + head * m_row + 4 * part
+                _mix_four(w, s_row, v, v_row, rows, place, m_row, like)
+            for head in range(group // TILE * TILE, group):
+                w, place = s + head * s_row + 4 * i, m + head * m_row + 4 * part
+                _mix_one(w, s_row, v, v_row, rows, place, m_row, like)
 
 
 def _score_tile(heads: int):
@@ -157,7 +142,10 @@ def _score_tile(heads: int):
         ]
         with cgutils.for_range_slice(builder, INT64(0), size, INT64(16), INT64) as (i, _):
             column = builder.add(keys, builder.mul(i, INT64(2 if half else 4)))
-            k = [load_floats(builder, _row(builder, column, key_row, j), half) for j in range(TILE)]
+            places = [_row(builder, column, key_row, j) for j in range(TILE)]
+            k = [load_floats(builder, place, half) for place in places]
+            for place in places:
+                prefetch_line(builder, builder.add(place, INT64(AHEAD)))
             column = builder.add(queries, builder.mul(i, INT64(4)))
             for head in range(heads):
                 q = load_floats(builder, _row(builder, column, query_row, head))
@@ -198,6 +186,8 @@ def _mix_tile(heads: int):
                 load_floats(builder, builder.add(row, INT64(j * (32 if half else 64))), half)
                 for j in range(PAD // 16)
             ]
+            for line in range(0, PAD * (2 if half else 4), 64):
+                prefetch_line(builder, builder.add(row, INT64(AHEAD + line)))
             column = builder.add(weights, builder.mul(loop.index, INT64(4)))
             for head in range(heads):
                 address = _row(builder, column, weight_row, head)
@@ -242,7 +232,8 @@ def exponentials(x, largest):
     Range reduction and polynomial are those of expf in the Cephes library (S. Moshier).
     """
     for i in range(len(x)):
-        y = max(x[i] - largest, np.float32(-87))
+        y = x[i] - largest
+        y = np.float32(-87) if y < np.float32(-87) else y  # so written, NaN stays NaN
         k = np.int32(y * np.float32(1.4426950408889634) - np.float32(0.5))  # towards zero: y <= 0
         r = y - np.float32(k) * np.float32(0.693359375) + np.float32(k) * np.float32(2.12194440e-4)
         p = np.float32(1.9875691500e-4)
@@ -253,6 +244,15 @@ def exponentials(x, largest):
         p = p * r + np.float32(5.0000001201e-1)
         p = p * r * r + r + np.float32(1)
         x[i] = p * as_float((k + 127) << 23)
+
+
+@max_jit
+def maximum(x):
+    """The largest; anything if there is NaN among them, which `exponentials` then passes on."""
+    largest = x[0]
+    for i in range(len(x)):
+        largest = max(largest, x[i])
+    return largest
 
 
 @sum_jit

@@ -30,7 +30,7 @@ from bitnet_edu.kernels.bits import at, cpu_features, jit, pointer
 
 MAX_COLUMNS = 2**17 - 1
 BLOCK_BYTES = 49152  # of weights that stay in the caches while all tokens are multiplied with them
-AHEAD = 6144  # bytes of weights asked for before they are needed: what half a memory latency reads
+AHEAD = 8192  # bytes that memory is asked for ahead of their use
 STEP = 64  # columns per turn of the loop, and what a row of activations is best padded to
 INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 

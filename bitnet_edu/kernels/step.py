@@ -76,7 +76,7 @@ class Work(NamedTuple):
     mixed: np.ndarray  # float32[T * spans, heads, padded head_dim], what attention found
     largest: np.ndarray  # float32[T * spans, heads], its largest score
     total: np.ndarray  # float32[T * spans, heads], its sum of exp(score - largest)
-    scores: np.ndarray  # float32[threads, heads / kv_heads, SPAN]
+    scores: np.ndarray  # float32[threads, heads / kv_heads, STRETCH]
     logits: np.ndarray  # float32[vocab]
     fault: np.ndarray  # int64[1]: 0, or 1 + the first stage whose input held NaN or Inf
 
