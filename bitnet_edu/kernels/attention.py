@@ -68,8 +68,8 @@ def attend(queries, keys, values, positions, scale, scores, mixed, largest, tota
     """mixed[h] = sum of exp(score - largest[h]) * value over all positions, total[h] = sum of exp.
 
     queries, mixed: float32[group, size], keys, values: [>= positions, size], largest, total:
-    float32[group]; scores: scratch, float32[group, STRETCH]. A running maximum and sum keep it to one
-    pass (online softmax: Milakov and Gimelshein, arXiv 1805.02867).
+    float32[group]; scores: scratch, float32[group, STRETCH]. A running maximum and sum keep it to
+    one pass (online softmax: Milakov and Gimelshein, arXiv 1805.02867).
     """
     group, size = queries.shape
     mixed[:] = 0
