@@ -26,7 +26,7 @@ MOST_THREADS = 16  # memory, not arithmetic, is the limit long before
 PARTS = 2  # chunks a thread, at least
 MOST_BYTES = 2**22  # in a chunk
 NEXT, DONE = 0, 16  # where in the counters: two cache lines apart
-_YIELD = "SwitchToThread" if os.name == "nt" else "sched_yield"
+LOOKS = 200_000  # 50 microseconds or more, longer than any chunk should take
 
 
 def default_threads() -> int:
@@ -88,14 +88,15 @@ def _pointer(context, builder, signature, args):
 
 
 @intrinsic
-def _yield_core(typingctx):
-    """Let another thread that waits for this core have it."""
+def _sleep(typingctx):
+    """Give up this core for a moment, so that a thread that was pushed off its own can have it."""
 
     def codegen(context, builder, signature, args):
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.IntType(32), []), _YIELD
-        )
-        builder.call(function, [])
+        number = ir.IntType(32)
+        name, moment = ("Sleep", 0) if os.name == "nt" else ("usleep", 20)  # microseconds
+        function = ir.FunctionType(number, [number])
+        function = cgutils.get_or_insert_function(builder.module, function, name)
+        builder.call(function, [number(moment)])
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -131,9 +132,13 @@ def finished(counters, chunks):
 
 @jit
 def wait_for(counters, chunks):
-    """Return once `chunks` chunks are finished: at first by looking hard, then more politely."""
+    """Return once `chunks` chunks are finished.
+
+    Who waits keeps looking, for it is a matter of microseconds, unless another program has taken
+    the core of a thread in the middle of its chunk: then looking on would only take more from it.
+    """
     looks = 0
     while not finished(counters, chunks):
         looks += 1
-        if looks > 2000:
-            _yield_core()
+        if looks > LOOKS:
+            _sleep()
