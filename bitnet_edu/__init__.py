@@ -7,7 +7,6 @@ Submodules load on first use, so that `import bitnet_edu` costs next to nothing.
 """
 
 import importlib
-from typing import TYPE_CHECKING
 
 from bitnet_edu.errors import (
     BitNetError,
@@ -16,9 +15,7 @@ from bitnet_edu.errors import (
     DownloadError,
     InputError,
 )
-
-if TYPE_CHECKING:
-    from bitnet_edu.generate import BitNetLM
+from bitnet_edu.load import load
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,20 +27,6 @@ __all__ = [
     "InputError",
     "load",
 ]
-
-
-def load(
-    source: str = "tiny", *, ternarize: bool = False, i2s_block: int | None = None
-) -> "BitNetLM":
-    """Load a model: "tiny", a checkpoint folder, a .gguf file, or a hub id such as "org/name".
-
-    A hub model is downloaded once, at a pinned revision. ternarize=True accepts dense weights and
-    rounds them to ternary. i2s_block=64 reads a GGUF file that bitnet.cpp quantized on an Arm
-    machine, which the file doesn't tell. Raises CheckpointError or DownloadError.
-    """
-    from bitnet_edu.sources import load_source
-
-    return load_source(source, ternarize=ternarize, i2s_block=i2s_block)
 
 
 def __getattr__(name: str):

@@ -22,12 +22,11 @@ from bitnet_edu.generate import BitNetLM
 from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit, pointer
 from bitnet_edu.kernels.threads import finish, run, take, wait_for
 from bitnet_edu.model import KVCache
+from bitnet_edu.proof.transformers import serve_timings
 from bitnet_edu.system import cpu_name, peak_memory
 from bitnet_edu.weights import BITNET_2B4T, random_weights
 
 if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
     from rich.console import Group
 
 SHAPES = {"2b4t": BITNET_2B4T}
@@ -114,7 +113,7 @@ def _load(source: str, shape: str | None, ternarize: bool) -> tuple[BitNetLM, fl
 
 def _write_random(folder: Path, progress: Callable[[str], None]) -> str:
     """A random model as a file that both programs can load."""
-    from bitnet_edu.convert import convert
+    from bitnet_edu.files.convert import convert
 
     progress("writing a random model of 1.2 GB")
     process = multiprocessing.get_context("spawn").Process(  # its memory is not ours
@@ -281,7 +280,9 @@ class _Other:
     def __init__(self, folder: str, threads: int):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(folder, threads, theirs), daemon=True)
+        self.process = context.Process(
+            target=serve_timings, args=(folder, threads, DECODE_TOKENS, theirs), daemon=True
+        )
         self.process.start()
         theirs.close()
         self.load_seconds = self._answer()
@@ -307,40 +308,6 @@ class _Other:
         if isinstance(answer, Exception):
             raise answer
         return answer
-
-
-def _serve(folder: str, threads: int, pipe: "Connection") -> None:
-    try:
-        from bitnet_edu.verify import eager_torch, model_folder
-
-        torch = eager_torch()
-        import transformers
-
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        torch.set_num_threads(threads)
-        start = time.perf_counter()
-        model = transformers.BitNetForCausalLM.from_pretrained(model_folder(folder), dtype="auto")
-        model.eval()
-        pipe.send(time.perf_counter() - start)
-        with torch.inference_mode():
-            while True:
-                if (lengths := pipe.recv()) is None:
-                    pipe.send(peak_memory())
-                    continue
-                context, prompt = lengths
-                start = time.perf_counter()
-                model(torch.arange(prompt)[None] % model.config.vocab_size, logits_to_keep=1)
-                prefill = prompt / (time.perf_counter() - start)
-                ids = torch.arange(context)[None] % model.config.vocab_size
-                out = model(ids, use_cache=True, logits_to_keep=1)
-                start = time.perf_counter()
-                for _ in range(DECODE_TOKENS):
-                    token = out.logits[:, -1:].argmax(-1)
-                    out = model(token, past_key_values=out.past_key_values, use_cache=True)
-                pipe.send((DECODE_TOKENS / (time.perf_counter() - start), prefill))
-    except (BitNetError, ImportError, OSError, RuntimeError) as error:
-        pipe.send(BitNetError(f"transformers could not be measured: {error}"))
 
 
 # --- The table -----------------------------------------------------------------------------------

@@ -287,8 +287,8 @@ def verify(args: argparse.Namespace) -> int:
     boundary their int8 codes may differ by a step: each such flip is located and checked. Exit
     status 1 if any other difference is found. Needs torch and transformers.
     """
-    from bitnet_edu.verify import render
-    from bitnet_edu.verify import verify as compare
+    from bitnet_edu.proof.report import render
+    from bitnet_edu.proof.report import verify as compare
 
     report = compare(args.model, args.tokens, ternarize=args.ternarize)
     if args.json:
@@ -300,7 +300,7 @@ def verify(args: argparse.Namespace) -> int:
 
 def info(args: argparse.Namespace) -> int:
     """Show what a model is made of: shapes, dtypes, sizes, the share of zeros in each layer."""
-    from bitnet_edu.describe import describe, render
+    from bitnet_edu.info import describe, render
 
     description = describe(args.model, ternarize=args.ternarize)
     if args.json:
@@ -317,7 +317,7 @@ def convert(args: argparse.Namespace) -> int:
     never replaces anything. SRC random-2b4t stands for random weights of the full 2B4T shape, to
     measure with. hf-bf16 holds master weights that ternarize to the same model.
     """
-    from bitnet_edu.convert import convert as write
+    from bitnet_edu.files.convert import convert as write
 
     done = write(args.source, args.destination, args.to, args.i2s_block)
     path = Path(args.destination)
@@ -338,8 +338,8 @@ def download(args: argparse.Namespace) -> int:
     A large file that was cut off continues where it stopped; every file's checksum is checked.
     HF_ENDPOINT (a mirror), HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are respected.
     """
-    from bitnet_edu.download import MODEL
-    from bitnet_edu.download import download as fetch
+    from bitnet_edu.files.hub import MODEL
+    from bitnet_edu.files.hub import download as fetch
 
     repo = args.repo or MODEL
     folder = fetch(repo, args.revision)

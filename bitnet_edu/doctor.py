@@ -149,7 +149,7 @@ def model() -> list[Finding]:
 
 
 def microsoft() -> list[Finding]:
-    from bitnet_edu.download import MODEL, is_cached
+    from bitnet_edu.files.hub import MODEL, is_cached
 
     if is_cached():
         return [Finding("Microsoft's model", GOOD, f"{MODEL} is on this disk")]

@@ -1,8 +1,12 @@
 """The parts of a BitNet block as pure functions on float32 arrays. T tokens, no batch axis."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from bitnet_edu.quantize import absmax_int8
+
+Observer = Callable[[str, np.ndarray], None]  # is shown arrays between the steps, by name
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:

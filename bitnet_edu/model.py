@@ -33,8 +33,7 @@ from bitnet_edu.kernels.step import (
     step,
 )
 from bitnet_edu.kernels.threads import default_threads, run
-from bitnet_edu.layers import rope_frequencies
-from bitnet_edu.reference import Observer
+from bitnet_edu.layers import Observer, rope_frequencies
 from bitnet_edu.weights import BitNetConfig, Weights
 
 BATCH = 256  # prompt tokens that go through the layers together

@@ -4,16 +4,12 @@ Read it from top to bottom: tokens become vectors, each layer adds what attentio
 feed-forward network found, and the last norm and the head turn vectors into logits.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
-from bitnet_edu.layers import attention, integer_matmul, rms_norm, rope, squared_relu
+from bitnet_edu.layers import Observer, attention, integer_matmul, rms_norm, rope, squared_relu
 from bitnet_edu.packing import unpack_hf
 from bitnet_edu.quantize import absmax_int8
 from bitnet_edu.weights import BitNetConfig, LayerWeights, TernaryMatrix, Weights
-
-Observer = Callable[[str, np.ndarray], None]
 
 
 class BitNetReference:

@@ -9,8 +9,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers.decoders import DecodeStream
 
-from bitnet_edu.checkpoint import fault, read_json
 from bitnet_edu.errors import CheckpointError, InputError
+from bitnet_edu.files.config import fault, read_json
 
 Messages = Sequence[dict[str, str]]
 

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from bitnet_edu.checkpoint import MATRICES, NORMS
+from bitnet_edu.files.hf import MATRICES, NORMS
 from bitnet_edu.packing import pack_hf
 from bitnet_edu.tokenizer import BITNET_CHAT_TEMPLATE
 from bitnet_edu.weights import BitNetConfig

@@ -15,7 +15,8 @@ from checkpoints import Recipe, make, save, write
 from rich.console import Console
 
 import bitnet_edu
-from bitnet_edu import cli, doctor, verify
+from bitnet_edu import cli, doctor
+from bitnet_edu.proof import report, transformers
 from bitnet_edu.terminal import Terminal
 
 VERBS = ["chat", "generate", "verify", "info", "doctor"]
@@ -213,8 +214,8 @@ def test_verify_prints_tables_without_colours(tmp_path):
 def test_verify_fails_with_status_1(capsys, monkeypatch, tmp_path):
     write(tmp_path / "a", Recipe(), seed=1)
     write(tmp_path / "b", Recipe(), seed=2)
-    other = verify.load_transformers(tmp_path / "b")
-    monkeypatch.setattr(verify, "load_transformers", lambda *_, **__: other)
+    other = transformers.load_transformers(tmp_path / "b")
+    monkeypatch.setattr(report, "load_transformers", lambda *_, **__: other)
     found = json_of(capsys, "verify", str(tmp_path / "a"), "--tokens", "4", status=1)
     assert found["ok"] is False
     assert cli.main(["verify", str(tmp_path / "a"), "--tokens", "4"]) == 1

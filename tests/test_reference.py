@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from checkpoints import Recipe, write
 
-from bitnet_edu import verify
-from bitnet_edu.checkpoint import read_folder
+from bitnet_edu.files.hf import read_folder
 from bitnet_edu.packing import unpack_hf
+from bitnet_edu.proof import transformers
 from bitnet_edu.quantize import absmax_int8
 from bitnet_edu.reference import BitNetReference
 
@@ -73,7 +73,7 @@ def test_the_observer_sees_every_step_of_every_layer(model, seen):
 
 
 def test_the_arrays_between_the_layers_are_those_of_transformers(folder, seen):
-    _, theirs = verify.trace_transformers(verify.load_transformers(folder), IDS)
+    _, theirs = transformers.trace_transformers(transformers.load_transformers(folder), IDS)
     shared = seen.keys() & theirs.keys()
     assert len(shared) == 2 + 2 * (2 + 7)
     for name in shared:

@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -156,24 +155,3 @@ def test_vendored_anywidget_is_the_installed_one() -> None:
     installed = Path(anywidget.__file__).parent / "nbextension" / "index.js"
     vendored = ROOT / VENDOR / "anywidget" / "index.js"
     assert vendored.read_bytes() == installed.read_bytes(), "run tools/vendor.sh"
-
-
-def modules_after(statement: str) -> set[str]:
-    """The top-level modules that a fresh Python has loaded after the statement."""
-    code = f"{statement}\nimport sys; print(*{{name.split('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
-
-
-def test_import_is_light() -> None:
-    """What makes an import slow is what it loads; a time would depend on the machine."""
-    heavy = {"torch", "transformers", "numba", "matplotlib", "pandas", "ipywidgets", "IPython"}
-    assert modules_after("import bitnet_edu") & heavy == set()
-
-
-def test_the_core_needs_neither_torch_nor_transformers() -> None:
-    floors = ("quantize", "packing", "kernels", "layers", "reference", "model", "checkpoint")
-    floors += ("tokenizer", "generate", "chat", "cli")
-    modules = ", ".join(f"bitnet_edu.{floor}" for floor in floors)
-    assert modules_after(f"import {modules}") & {"torch", "transformers"} == set()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from bitnet_edu import CheckpointError, InputError
-from bitnet_edu.sources import TINY
+from bitnet_edu.files.source import TINY
 from bitnet_edu.tokenizer import Tokenizer
 
 TEXTS = [

@@ -6,7 +6,8 @@ from typing import Any
 import anywidget
 from IPython.display import HTML
 
-from bitnet_edu import layers, xray
+from bitnet_edu import layers
+from bitnet_edu.book.xray import xray
 from bitnet_edu.model import BitNet
 from bitnet_edu.ui.figure import live_figure, static_figure
 from bitnet_edu.weights import BitNetConfig
@@ -125,7 +126,7 @@ def architecture_state(model: BitNet) -> dict[str, Any]:
     return {
         "boxes": [_box(config, *row) for row in ROWS],
         "facts": _facts(config),
-        "xray": [row._asdict() for row in xray.xray(model.weights)],
+        "xray": [row._asdict() for row in xray(model.weights)],
         "matrices": list(config.matrix_shapes),
     }
 

@@ -10,8 +10,9 @@ from typing import Any
 import ipywidgets
 import pandas as pd
 
-from bitnet_edu import plots, system
+from bitnet_edu import system
 from bitnet_edu.benchmark import CONTEXTS, PREFILL_TOKENS, benchmark, busy_warning
+from bitnet_edu.book import plots
 from bitnet_edu.errors import BitNetError
 
 SHAPES = {"the loaded model": None, "the shape of 2B4T (random, 1.2 GB)": "2b4t"}

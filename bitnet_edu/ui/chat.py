@@ -16,8 +16,8 @@ import traitlets
 
 import bitnet_edu
 from bitnet_edu.chat import ChatSession
-from bitnet_edu.download import download, is_hub_id
 from bitnet_edu.errors import BitNetError, ContextLengthError
+from bitnet_edu.files.hub import download, is_hub_id
 from bitnet_edu.generate import BitNetLM
 
 UPDATES_PER_SECOND = 15

@@ -5,7 +5,7 @@ from typing import Any
 import anywidget
 from IPython.display import HTML
 
-from bitnet_edu import paper
+from bitnet_edu.book import paper
 from bitnet_edu.ui.figure import live_figure, static_figure
 
 

@@ -16,7 +16,7 @@ import nbformat
 import pytest
 from playwright.sync_api import Browser, Page, TimeoutError, expect
 
-from bitnet_edu.sources import TINY
+from bitnet_edu.files.source import TINY
 
 MINUTE = 60_000  # milliseconds; the first answer may have to wait for the compiler
 expect.set_options(timeout=MINUTE)

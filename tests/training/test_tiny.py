@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bitnet_edu.sources import TINY
+from bitnet_edu.files.source import TINY
 from bitnet_edu.training.evaluate import Examinee
 from bitnet_edu.training.report import SPOT_CHECK, examine
 

@@ -21,19 +21,13 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitnet_edu import BitNetError, CheckpointError, InputError, cli, load
-from bitnet_edu import convert as module
-from bitnet_edu.convert import (
-    FORMATS,
-    convert,
-    file_tensors,
-    master_weights,
-    safetensors_header,
-    write_folder,
-)
-from bitnet_edu.describe import describe
+from bitnet_edu.files import convert as module
+from bitnet_edu.files.convert import FORMATS, convert
+from bitnet_edu.files.hf import file_tensors, master_weights, safetensors_header, write_folder
+from bitnet_edu.files.source import TINY, find_model, read_model
+from bitnet_edu.info import describe
+from bitnet_edu.proof.report import verify
 from bitnet_edu.quantize import absmean_ternary
-from bitnet_edu.sources import TINY, find_model, read_model
-from bitnet_edu.verify import verify
 from bitnet_edu.weights import BITNET_2B4T, TernaryMatrix, Weights, random_weights
 
 CHAT = [{"role": "user", "content": "What is a ternary weight?"}]
@@ -302,7 +296,7 @@ def test_a_failing_disk_leaves_nothing_behind(tmp_path, full_disk, form):
 
 def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path):
     def interrupted():
-        with module._all_or_nothing(tmp_path / "model", 0) as temporary:
+        with module.all_or_nothing(tmp_path / "model", 0) as temporary:
             temporary.write_bytes(b"half")
             raise KeyboardInterrupt
 
@@ -321,7 +315,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_writing(tmp_path, monkeypatc
 
 LOAD = """
 import resource, sys
-import bitnet_edu.sources as sources
+import bitnet_edu.files.source as sources
 from pathlib import Path
 sources.read_model(sources.TINY)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

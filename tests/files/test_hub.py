@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf_files import write_real
-from hub import COMMIT, Hub, running
+from hub_server import COMMIT, Hub, running
 from huggingface_hub import constants, file_download
 
 from bitnet_edu import DownloadError, cli, load
-from bitnet_edu import download as module
-from bitnet_edu.download import MODEL, PINS, Pin, download, is_cached
-from bitnet_edu.sources import TINY, find_model
+from bitnet_edu.files import hub as module
+from bitnet_edu.files.hub import MODEL, PINS, Pin, download, is_cached
+from bitnet_edu.files.source import TINY, find_model
 
 NAME = "someone/tiny-bitnet"
 WEIGHTS = "model.safetensors"
@@ -159,7 +159,7 @@ def test_a_broken_download_is_reported_and_the_next_one_continues(
 
 KILLED = f"""
 from huggingface_hub import constants
-from bitnet_edu import download
+from bitnet_edu.files import hub
 constants.DOWNLOAD_CHUNK_SIZE, download.LARGE = 1000, 100_000
 print(download.download({NAME!r}))
 """
@@ -353,7 +353,7 @@ def test_the_command_prints_the_folder(hub, files, capsys):
 
 def test_environment_variables_are_respected(hub, files, tmp_path):
     """In a process of its own, because the library reads them when it is imported."""
-    code = f"from bitnet_edu.download import download; print(download({NAME!r}))"
+    code = f"from bitnet_edu.files.hub import download; print(download({NAME!r}))"
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     run = [sys.executable, "-c", code]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 import bitnet_edu
-from bitnet_edu.exam import answered_questions, judge
+from bitnet_edu.book.exam import answered_questions, judge
 from bitnet_edu.training.corpus import held_out_questions
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bitnet_edu import paper
+from bitnet_edu.book import paper
 from bitnet_edu.weights import BITNET_2B4T
 
 TABLE_1 = "Table 1: full-precision models of its size"

@@ -11,7 +11,7 @@ import pandas as pd
 
 from bitnet_edu.weights import BITNET_2B4T, BitNetConfig
 
-PUBLISHED = Path(__file__).parent / "data" / "published.csv"
+PUBLISHED = Path(__file__).parents[1] / "data" / "published.csv"
 
 # Energy per operation at 7 nm in picojoules; 2B4T report, Table 4 (after Horowitz 2014, PokeBNN).
 PJ_FP16_ADD, PJ_FP16_MUL, PJ_INT8_ADD = 0.16, 0.34, 0.007
@@ -36,7 +36,7 @@ def table(paper: str, name: str) -> pd.DataFrame:
     """
     cells = published().query("paper == @paper and table == @name")
     if cells.empty:
-        raise KeyError(f"no table {name!r} of {paper!r}: see bitnet_edu.paper.tables()")
+        raise KeyError(f"no table {name!r} of {paper!r}: see bitnet_edu.book.paper.tables()")
     frame = cells.pivot(index="row", columns="column", values="value")
     frame = frame.loc[cells["row"].unique(), cells["column"].unique()].fillna("")
     frame = frame.map(_number)

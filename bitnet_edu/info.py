@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitnet_edu.gguf_io import template_note
-from bitnet_edu.sources import find_model, read_model
-from bitnet_edu.xray import code_counts, entropy_bits, xray
+from bitnet_edu.book.xray import code_counts, entropy_bits, xray
+from bitnet_edu.files.gguf import template_note
+from bitnet_edu.files.source import find_model, read_model
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -22,8 +22,8 @@ from numba import njit
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as HFTokenizer
 
-from bitnet_edu.checkpoint import fault, parse_config
 from bitnet_edu.errors import CheckpointError
+from bitnet_edu.files.config import fault, parse_config
 from bitnet_edu.kernels.matmul import count_invalid
 from bitnet_edu.packing import pack_i2s, unpack_hf
 from bitnet_edu.tokenizer import BITNET_CHAT_TEMPLATE, Tokenizer

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitnet_edu.book.xray import code_counts, entropy_bits, xray
 from bitnet_edu.packing import pack_hf, unpack_hf
 from bitnet_edu.weights import BITNET_2B4T, random_weights
-from bitnet_edu.xray import code_counts, entropy_bits, xray
 
 
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 2**32 - 1))

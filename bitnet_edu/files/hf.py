@@ -10,41 +10,28 @@ What cannot be right raises `CheckpointError`, which names file, tensor, expecte
 """
 
 import json
-from collections.abc import Mapping
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from bitnet_edu.errors import CheckpointError
+from bitnet_edu.files.config import config_json, fault, parse_config, parse_scheme, read_json
 from bitnet_edu.kernels.matmul import count_invalid
-from bitnet_edu.packing import pack_hf
+from bitnet_edu.packing import pack_hf, unpack_hf
 from bitnet_edu.quantize import absmean_ternary
+from bitnet_edu.tokenizer import Tokenizer
 from bitnet_edu.weights import BitNetConfig, LayerWeights, TernaryMatrix, Weights
 
 INDEX = "model.safetensors.index.json"
 FLOATS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 DTYPES = FLOATS | {"U8": np.uint8}
-# What transformers takes for a key that config.json leaves out (its configuration_bitnet.py).
-DEFAULTS = {
-    "model_type": None,
-    "vocab_size": 128256,
-    "hidden_size": 2560,
-    "intermediate_size": 6912,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 20,
-    "num_key_value_heads": 5,
-    "hidden_act": "relu2",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-}
 MATRICES = {
     "q_proj": "self_attn.q_proj",
     "k_proj": "self_attn.k_proj",
@@ -60,6 +47,15 @@ NORMS = {
     "attn_sub_norm": "self_attn.attn_sub_norm",
     "ffn_sub_norm": "mlp.ffn_sub_norm",
 }
+BF16 = ml_dtypes.bfloat16
+DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 def read_folder(folder: Path, ternarize: bool = False) -> tuple[BitNetConfig, Weights]:
@@ -83,125 +79,6 @@ def read_folder(folder: Path, ternarize: bool = False) -> tuple[BitNetConfig, We
     embedding, *head = [tensors.take(name, shape, FLOATS) for name in tables]
     tensors.refuse_leftovers()
     return config, Weights(embedding, layers, norm, head[0] if head else embedding)
-
-
-def read_json(path: Path, default: dict | None = None) -> dict[str, Any]:
-    """Parse a JSON object; `default`, where given, stands in for a missing file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if default is not None:
-            return default
-        raise CheckpointError(f"{path} is missing: a model folder needs it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a readable JSON file: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
-def parse_config(raw: Mapping[str, Any], path: Path, generation: Mapping[str, Any]) -> BitNetConfig:
-    """config.json -> BitNetConfig; refuses each architecture that is not implemented here."""
-    raw = DEFAULTS | raw
-
-    def require(holds: bool, key: str, expected: str) -> None:
-        if not holds:
-            raise fault(path, key, expected, repr(raw.get(key)))
-
-    def size(key: str) -> int:
-        require(type(raw[key]) is int and 1 <= raw[key] < 2**31, key, "a positive whole number")
-        return raw[key]
-
-    require(raw["model_type"] == "bitnet", "model_type", "'bitnet'")
-    require(raw["hidden_act"] == "relu2", "hidden_act", "'relu2' (squared ReLU)")
-    require(raw["attention_bias"] is False, "attention_bias", "false")
-    hidden, heads = size("hidden_size"), size("num_attention_heads")
-    kv_heads = heads if raw["num_key_value_heads"] is None else size("num_key_value_heads")
-    require(hidden % heads == 0, "hidden_size", f"a multiple of num_attention_heads ({heads})")
-    require(hidden // heads % 2 == 0, "hidden_size", f"even in each of {heads} heads, for RoPE")
-    require(raw.get("head_dim") in (None, hidden // heads), "head_dim", str(hidden // heads))
-    require(heads % kv_heads == 0, "num_key_value_heads", f"a divisor of {heads} heads")
-    eps = raw["rms_norm_eps"]
-    require(type(eps) in (int, float) and 0 <= eps < 1, "rms_norm_eps", "a number from 0 to 1")
-    bos = raw["bos_token_id"]
-    require(bos is None or type(bos) is int, "bos_token_id", "a token id or null")
-    tied = raw["tie_word_embeddings"]
-    require(type(tied) is bool, "tie_word_embeddings", "true or false")
-    config = BitNetConfig(
-        vocab_size=size("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=size("intermediate_size"),
-        num_hidden_layers=size("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=size("max_position_embeddings"),
-        rope_theta=_rope_theta(raw, path),
-        rms_norm_eps=float(eps),
-        bos_token_id=bos,
-        eos_token_ids=_token_ids(generation.get("eos_token_id", raw["eos_token_id"]), path),
-    )
-    for name, (rows, columns) in config.matrix_shapes.items():
-        if rows % 4 or columns % 4:
-            raise fault(path, f"the shape of {name}", "multiples of 4", f"[{rows}, {columns}]")
-    return config
-
-
-def _rope_theta(raw: Mapping[str, Any], path: Path) -> float:
-    """The rotary base, under rope_parameters (newer files) or at the top level (older ones)."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise fault(path, "rope_parameters", "a JSON object", repr(rope))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise fault(
-            path, "the type of RoPE", "'default', as others are not implemented", repr(kind)
-        )
-    theta = rope.get("rope_theta", raw["rope_theta"])
-    if type(theta) not in (int, float) or not 1 < theta < 1e30:
-        raise fault(path, "rope_theta", "a number above 1", repr(theta))
-    return float(theta)
-
-
-def _token_ids(value: int | list[int] | None, path: Path) -> tuple[int, ...]:
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(token) is int for token in ids):
-        raise fault(path, "eos_token_id", "a token id or a list of them", repr(value))
-    return tuple(ids)
-
-
-def parse_scheme(raw: Mapping[str, Any], path: Path, ternarize: bool = False) -> str:
-    """How the weights are stored: packed with a scale to "multiply" or "divide" by, or "master"."""
-    quantization = raw.get("quantization_config")
-    if quantization is None:
-        if ternarize:
-            return "master"
-        raise CheckpointError(
-            f"{path} has no quantization_config, so transformers runs it with dense weights: "
-            "ask for ternarize=True (--ternarize) if they are meant to be ternarized"
-        )
-    if not isinstance(quantization, dict):
-        raise fault(path, "quantization_config", "a JSON object", repr(quantization))
-
-    def choose(key: str, *allowed: Any) -> Any:
-        value = quantization.get(key, allowed[0])
-        if value not in allowed:
-            raise fault(path, f"quantization_config: {key}", f"one of {allowed}", repr(value))
-        return value
-
-    if quantization.get("quant_method") != "bitnet":
-        found = repr(quantization.get("quant_method"))
-        raise fault(path, "quantization_config: quant_method", "'bitnet'", found)
-    choose("use_rms_norm", False)
-    choose("modules_to_not_convert", None, ["lm_head"])
-    mode = choose("quantization_mode", "offline", "online")
-    if choose("linear_class", "bitlinear", "autobitlinear") == "bitlinear":
-        return "divide"
-    return "multiply" if mode == "offline" else "master"
-
-
-def fault(path: Path, what: str, expected: str, found: str) -> CheckpointError:
-    """The one form of complaint: which file, what in it, what it must be and what it is."""
-    return CheckpointError(f"{path}: {what} must be {expected}, found {found}")
 
 
 class Tensors:
@@ -341,3 +218,164 @@ def _pack_floats(tensors: Tensors, name: str, shape: tuple[int, int]) -> np.ndar
     except ValueError:
         other = values[~np.isin(values, (-1, 0, 1))][0]
         raise tensors.fault(name, "-1, 0 or +1 in every place", str(other)) from None
+
+
+class Tensor(NamedTuple):
+    """A tensor to be written: made only when its turn comes, so a file can exceed the memory."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+
+def write_folder(
+    folder: Path, config: BitNetConfig, weights: Weights, *, master: bool = False
+) -> None:
+    """Write config.json and model.safetensors: packed like Microsoft's, or as bf16 master weights.
+
+    transformers loads both. Raises CheckpointError for a matrix that has no bf16 master weights.
+    """
+    folder.mkdir()
+    tensors = file_tensors(weights, master=master)
+    raw = config_json(config, tied=weights.tied, master=master)
+    raw["dtype"] = max(tensors, key=lambda tensor: tensor.dtype.itemsize).dtype.name
+    (folder / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
+    header = safetensors_header(tensors)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors:
+            data = np.ascontiguousarray(tensor.make())
+            assert (data.dtype, data.shape) == (tensor.dtype, tensor.shape)
+            file.write(data.reshape(-1).view(np.uint8))
+
+
+def file_tensors(weights: Weights, *, master: bool = False) -> list[Tensor]:
+    """What model.safetensors holds, in its order: wide dtypes first, then by name.
+
+    All floats but the master weights are bfloat16 if that changes none of them (Microsoft's packed
+    model is so), else float32: transformers wants one dtype.
+    """
+    floats = dict(_floats(weights))
+    dtype = np.dtype(BF16 if all(map(_is_bf16, floats.values())) else np.float32)
+    tensors = list(_matrices(weights, master))
+    for name, array in floats.items():
+        if not (master and name.endswith("_scale")):
+            tensors.append(Tensor(name, dtype, array.shape, partial(array.astype, dtype)))
+    return sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+
+
+def safetensors_header(tensors: list[Tensor]) -> bytes:
+    """The JSON that names each tensor's dtype, shape and place; before it come 8 bytes of length.
+
+    The safetensors library writes the same, but wants all tensors in memory at once.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, dtype, shape, _ in tensors:
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        entry = {"dtype": DTYPE_NAMES[dtype.name], "shape": shape, "data_offsets": [begin, end]}
+        header[name] = entry
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _floats(weights: Weights) -> Iterator[tuple[str, np.ndarray]]:
+    """Everything but the ternary codes, under its name in the file."""
+    yield "model.embed_tokens.weight", weights.embedding
+    if not weights.tied:
+        yield "lm_head.weight", weights.lm_head
+    yield "model.norm.weight", weights.norm
+    for index, layer in enumerate(weights.layers):
+        for field, name in NORMS.items():
+            yield f"model.layers.{index}.{name}.weight", getattr(layer, field)
+        for field, name in MATRICES.items():
+            scale = np.array([getattr(layer, field).scale], np.float32)
+            yield f"model.layers.{index}.{name}.weight_scale", scale
+
+
+def _is_bf16(array: np.ndarray) -> bool:
+    """Whether bfloat16 holds every value exactly."""
+    return array.dtype == BF16 or all(
+        np.array_equal(part.astype(BF16).astype(np.float32), part.astype(np.float32))
+        for part in np.array_split(array, -(-array.size // 2**22))
+    )
+
+
+def _matrices(weights: Weights, master: bool) -> Iterator[Tensor]:
+    for index, layer in enumerate(weights.layers):
+        for field, name in MATRICES.items():
+            matrix, name = getattr(layer, field), f"model.layers.{index}.{name}.weight"
+            rows, columns = matrix.packed.shape
+            if master:
+                make = partial(_master, name, matrix)
+                yield Tensor(name, np.dtype(BF16), (4 * rows, columns), make)
+            else:
+                make = partial(np.asarray, matrix.packed)
+                yield Tensor(name, np.dtype(np.uint8), (rows, columns), make)
+
+
+def _master(name: str, matrix: TernaryMatrix) -> np.ndarray:
+    try:
+        return master_weights(unpack_hf(matrix.packed), matrix.scale)
+    except ValueError as error:
+        raise CheckpointError(f"{name} cannot become bf16 master weights: {error}") from None
+
+
+def master_weights(codes: np.ndarray, scale: np.float32) -> np.ndarray:
+    """Weights that absmean rounds to exactly these codes and this scale: bfloat16[out, in].
+
+    They are not the weights of the training, which no packed file holds. And they are not
+    codes * scale, whose mean magnitude is too small by the share of zeros: the nonzero weights must
+    be larger by that factor. Their sum then has to hit scale * codes.size to float32's precision
+    with bfloat16's eight bits: some get the next larger value, and a few of the zeros take the
+    remainder, small enough to round to zero still. ValueError where that cannot be done.
+    """
+    nonzero, zero = np.flatnonzero(codes), np.flatnonzero(codes == 0)
+    size = np.zeros(codes.size, BF16)
+    rest = float(scale) * codes.size
+    if len(nonzero):
+        low = _bf16_below(rest / len(nonzero))
+        high = np.nextafter(low, BF16(np.inf))
+        larger = int((rest - float(low) * len(nonzero)) / (float(high) - float(low)))
+        size[nonzero] = low
+        size[nonzero[:larger]] = high
+        rest -= float(low) * (len(nonzero) - larger) + float(high) * larger
+    for place in zero[:1000]:
+        size[place] = _bf16_below(min(rest, 0.49 * float(scale)))
+        rest -= float(size[place])
+    weights = np.copysign(size, codes.reshape(-1).astype(BF16)).reshape(codes.shape)
+    found, found_scale = absmean_ternary(weights)
+    if found_scale != scale or not np.array_equal(found, codes):
+        raise ValueError(
+            f"no such weights were found for {codes.size} codes, {len(nonzero)} of them not zero, "
+            f"and the mean magnitude {scale}"
+        )
+    return weights
+
+
+def _bf16_below(value: float) -> np.ndarray:
+    """The largest bfloat16 that is not above a float from 0 up."""
+    nearest = BF16(value)
+    return nearest if float(nearest) <= value else np.nextafter(nearest, BF16(0))
+
+
+def write_tokenizer(
+    folder: Path, config: BitNetConfig, tokenizer: Tokenizer | None, source: Path | None
+) -> None:
+    """The source's own tokenizer files; new ones if the source is a GGUF file."""
+    if source:
+        for name in TOKENIZER_FILES:
+            if (source / name).exists():
+                shutil.copyfile(source / name, folder / name)
+    elif tokenizer:
+        tokenizer.backend.save(str(folder / "tokenizer.json"))
+        about = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token,
+            "chat_template": tokenizer.chat_template,
+            "model_max_length": config.max_position_embeddings,
+            "clean_up_tokenization_spaces": False,
+        }
+        text = json.dumps(about, indent=2, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")

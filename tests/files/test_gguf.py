@@ -24,7 +24,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bitnet_edu import CheckpointError, load
-from bitnet_edu.gguf_io import (
+from bitnet_edu.files.gguf import (
     BLOCK_KEY,
     HF_TOKENIZER_KEY,
     I2_S,

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from bitnet_edu import CheckpointError, load
-from bitnet_edu.checkpoint import DEFAULTS, MATRICES, NORMS, parse_config, read_folder
+from bitnet_edu.files.config import DEFAULTS, parse_config
+from bitnet_edu.files.hf import MATRICES, NORMS, read_folder
 from bitnet_edu.packing import unpack_hf
 from bitnet_edu.quantize import absmean_ternary
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from checkpoints import Recipe, make, matrix, save, write
 
-from bitnet_edu import InputError, load, reference, verify
+from bitnet_edu import InputError, load, reference
 from bitnet_edu.packing import pack_hf, unpack_hf
+from bitnet_edu.proof import replay, transformers
+from bitnet_edu.proof import report as report_module
 from bitnet_edu.quantize import absmax_int8
 from bitnet_edu.weights import TernaryMatrix
 
@@ -22,17 +24,19 @@ def random_prompt(seed: int = 0, tokens: int = 60) -> list[int]:
     return np.random.default_rng(seed).integers(0, 299, tokens).tolist()
 
 
-def report_on(folder: Path, seed: int = 0, **options) -> verify.Report:
+def report_on(folder: Path, seed: int = 0, **options) -> report_module.Report:
     model = load(str(folder), **options)
-    theirs = verify.load_transformers(folder, **options)
+    theirs = transformers.load_transformers(folder, **options)
     return compare(model, theirs, TOKENS, seed)
 
 
-def compare(model, theirs, tokens: int = 4, seed: int = 0) -> verify.Report:
-    return verify.compare(model, theirs, *verify.converse(model, [random_prompt(seed)], tokens))
+def compare(model, theirs, tokens: int = 4, seed: int = 0) -> report_module.Report:
+    return report_module.compare(
+        model, theirs, *report_module.converse(model, [random_prompt(seed)], tokens)
+    )
 
 
-def assert_proved(report: verify.Report) -> None:
+def assert_proved(report: report_module.Report) -> None:
     assert report.ok, verify_text(report)
     for part in (report.engine, report.transformers):
         assert part.unexplained == part.sums_differ == 0
@@ -45,12 +49,12 @@ def assert_proved(report: verify.Report) -> None:
     assert report.greedy_equal or report.rounding_flips
 
 
-def verify_text(report: verify.Report) -> str:
+def verify_text(report: report_module.Report) -> str:
     from rich.console import Console
 
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(verify.render(report, layers=True))
+        console.print(report_module.render(report, layers=True))
     return capture.get()
 
 
@@ -97,7 +101,7 @@ def test_flips_are_found_located_and_explained(tmp_path):
     assert report.rounding_flips == len(flips) > 0
     for flip in flips:
         assert flip.explained
-        assert abs(abs(flip.unrounded) % 1 - 0.5) < verify.STEP_BOUND
+        assert abs(abs(flip.unrounded) % 1 - 0.5) < replay.STEP_BOUND
         assert 0 <= flip.layer < 8
         assert 0 <= flip.token < 60 + TOKENS
         text = f"layer {flip.layer}, input of {flip.matrix}, token {flip.token}"
@@ -105,7 +109,7 @@ def test_flips_are_found_located_and_explained(tmp_path):
 
 
 def test_the_embedded_model_over_200_tokens():
-    report = verify.verify("tiny", tokens=200)
+    report = report_module.verify("tiny", tokens=200)
     assert_proved(report)
     assert report.tokens == 200
     assert report.greedy_equal
@@ -121,7 +125,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(folder):
-    return verify.load_transformers(folder)
+    return transformers.load_transformers(folder)
 
 
 def change(model, layer: int | None = None, **changes):
@@ -224,18 +228,18 @@ def test_an_engine_that_differs_from_the_reference_is_rejected(folder, theirs):
 def test_integer_sums_that_differ_are_rejected(folder):
     model = load(str(folder))
     ids = np.array(random_prompt())
-    logits, trace = verify.trace_engine(model, ids)
+    logits, trace = report_module.trace_engine(model, ids)
     oracle = reference.BitNetReference(model.config, model.weights)
     plain = oracle.logits(ids)
-    assert verify.replay(oracle, ids, "engine", logits, trace, plain).ok
+    assert replay.replay(oracle, ids, "engine", logits, trace, plain).ok
     trace["layers.1.k_proj.sums"][3, 5] += 1
-    found = verify.replay(oracle, ids, "engine", logits, trace, plain)
+    found = replay.replay(oracle, ids, "engine", logits, trace, plain)
     assert found.sums_differ == 1
     assert not found.ok
 
 
 def test_a_code_that_differs_for_real_is_no_flip():
-    flip = verify.Flip("engine", 0, "o_proj", 0, 0, unrounded=3.5001, reference=4, other=3)
+    flip = replay.Flip("engine", 0, "o_proj", 0, 0, unrounded=3.5001, reference=4, other=3)
     assert flip.explained
     assert not flip._replace(unrounded=3.51).explained
     assert not flip._replace(other=2).explained
@@ -245,8 +249,8 @@ def test_a_code_that_differs_for_real_is_no_flip():
 def test_a_difference_in_greedy_tokens_needs_an_equally_good_token(folder, theirs, monkeypatch):
     model = load(str(folder))
     worst = int(model.logits(np.array(random_prompt()))[-1].argmin())
-    choices = verify.greedy_choices
-    monkeypatch.setattr(verify, "greedy_choices", lambda *a: [worst, *choices(*a)[1:]])
+    choices = transformers.greedy_choices
+    monkeypatch.setattr(report_module, "greedy_choices", lambda *a: [worst, *choices(*a)[1:]])
     report = compare(model, theirs)
     assert not report.greedy_equal
     assert not report.greedy_explained
@@ -258,7 +262,7 @@ def test_a_difference_in_greedy_tokens_needs_an_equally_good_token(folder, their
 
 def test_transformers_is_loaded_in_float32_with_eager_attention(tmp_path, theirs):
     for scheme in ("packed", "divide", "online"):
-        model = verify.load_transformers(write(tmp_path / scheme, Recipe(scheme)))
+        model = transformers.load_transformers(write(tmp_path / scheme, Recipe(scheme)))
         kept = {t.dtype for t in (*model.parameters(), *model.buffers())}
         assert kept <= {torch.float32, torch.uint8}
         assert model.config._attn_implementation == "eager"
@@ -271,9 +275,11 @@ def test_greedy_choices_are_those_of_transformers_generate(theirs):
     whole = theirs.generate(
         torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0
     )[0].tolist()
-    assert verify.greedy_choices(theirs, whole, range(10, 30)) == whole[10:]
+    assert transformers.greedy_choices(theirs, whole, range(10, 30)) == whole[10:]
     other = (whole[12] + 1) % 299
-    assert verify.greedy_choices(theirs, [*whole[:12], other, *whole[13:]], [12]) == [whole[12]]
+    assert transformers.greedy_choices(theirs, [*whole[:12], other, *whole[13:]], [12]) == [
+        whole[12]
+    ]
 
 
 def test_a_conversation_is_made_of_the_prompts_and_greedy_answers(folder):
@@ -281,7 +287,7 @@ def test_a_conversation_is_made_of_the_prompts_and_greedy_answers(folder):
     first = model.generate(random_prompt(), max_new_tokens=60, stop=())
     model.config = model.config._replace(eos_token_ids=(first[2],))
     end = first.index(first[2]) + 1
-    ids, made = verify.converse(model, [random_prompt(), [7, 8]], end + 3)
+    ids, made = report_module.converse(model, [random_prompt(), [7, 8]], end + 3)
     assert ids[: 60 + end + 2] == [*random_prompt(), *first[:end], 7, 8]
     assert made == [*range(60, 60 + end), *range(60 + end + 2, 60 + end + 5)]
     logits = model.logits(np.array(ids))
@@ -291,8 +297,8 @@ def test_a_conversation_is_made_of_the_prompts_and_greedy_answers(folder):
 def test_loading_is_quiet_and_needs_no_compiler(tmp_path):
     write(tmp_path)
     code = (
-        "import sys; from bitnet_edu import verify; "
-        "report = verify.verify(sys.argv[1], tokens=5); print(report.ok)"
+        "import sys; from bitnet_edu.proof import report as report_module; "
+        "report = report_module.verify(sys.argv[1], tokens=5); print(report.ok)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     environment = {"PATH": "", "CXX": "no-compiler", "NUMBA_CACHE_DIR": "", "HOME": str(tmp_path)}
@@ -303,25 +309,25 @@ def test_loading_is_quiet_and_needs_no_compiler(tmp_path):
 
 def test_the_prompts_are_questions_in_the_chat_template(folder):
     model = load(str(folder))
-    ids = [token for prompt in verify.prompts_of(model) for token in prompt]
+    ids = [token for prompt in report_module.prompts_of(model) for token in prompt]
     text = model.tokenizer.decode(ids, skip_special_tokens=False)
     assert text.startswith("<|begin_of_text|>User: Hello!<|eot_id|>Assistant: User: What")
     assert text.count("<|begin_of_text|>") == 1
     model.tokenizer = None
-    [ids] = verify.prompts_of(model)
+    [ids] = report_module.prompts_of(model)
     assert len(ids) == 16
     assert max(ids) < model.config.vocab_size
 
 
 def test_more_tokens_than_the_context_holds_are_refused(folder):
     with pytest.raises(InputError, match="context of 512"):
-        verify.converse(load(str(folder)), [random_prompt()], 512)
+        report_module.converse(load(str(folder)), [random_prompt()], 512)
     with pytest.raises(InputError, match="at least 1"):
-        verify.converse(load(str(folder)), [random_prompt()], 0)
+        report_module.converse(load(str(folder)), [random_prompt()], 0)
 
 
 def test_a_gguf_file_is_refused_with_what_to_do(tmp_path):
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
     with pytest.raises(InputError, match="convert"):
-        verify.model_folder(file)
+        transformers.model_folder(file)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitnet_edu.ledger import Ledger, ledger_folder, read_ledger
+from bitnet_edu.book.ledger import Ledger, ledger_folder, read_ledger
 
 
 @pytest.fixture

@@ -1,16 +1,16 @@
-"""Where models come from: the embedded one, a folder, a GGUF file, the hub."""
+"""Where models come from: the embedded one, a folder, a GGUF file, the hub; any format, read."""
 
 from pathlib import Path
 
-from bitnet_edu.checkpoint import fault, read_folder
-from bitnet_edu.download import download, is_hub_id
 from bitnet_edu.errors import CheckpointError, DownloadError
-from bitnet_edu.generate import BitNetLM
-from bitnet_edu.gguf_io import read_gguf
+from bitnet_edu.files.config import fault
+from bitnet_edu.files.gguf import read_gguf
+from bitnet_edu.files.hf import read_folder
+from bitnet_edu.files.hub import download, is_hub_id
 from bitnet_edu.tokenizer import Tokenizer
 from bitnet_edu.weights import BitNetConfig, Weights
 
-TINY = Path(__file__).parent / "models" / "tiny"
+TINY = Path(__file__).parents[1] / "models" / "tiny"
 
 
 def find_model(source: str) -> Path:
@@ -52,9 +52,3 @@ def read_model(
         # a chat turn ends with this token even where config.json names only the end of a text
         config = config._replace(eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, end))))
     return config, weights, tokenizer
-
-
-def load_source(source: str, *, ternarize: bool = False, i2s_block: int | None = None) -> BitNetLM:
-    """`bitnet_edu.load`, without the lazy import."""
-    path = find_model(str(source))
-    return BitNetLM(*read_model(path, ternarize=ternarize, i2s_block=i2s_block))

@@ -1,0 +1,1 @@
+"""Equal to transformers, with proof: what `bitnet-edu verify` does."""
