@@ -160,7 +160,7 @@ def test_a_broken_download_is_reported_and_the_next_one_continues(
 KILLED = f"""
 from huggingface_hub import constants
 from bitnet_edu.files import hub
-constants.DOWNLOAD_CHUNK_SIZE, download.LARGE = 1000, 100_000
+constants.DOWNLOAD_CHUNK_SIZE, hub.LARGE = 1000, 100_000
 print(download.download({NAME!r}))
 """
 
