@@ -161,7 +161,7 @@ KILLED = f"""
 from huggingface_hub import constants
 from bitnet_edu.files import hub
 constants.DOWNLOAD_CHUNK_SIZE, hub.LARGE = 1000, 100_000
-print(download.download({NAME!r}))
+print(hub.download({NAME!r}))
 """
 
 
