@@ -4,105 +4,141 @@
 prepares its tables and buffers, checks what comes in, and feeds it prompts tile by tile.
 """
 
-import math
+import os
 import threading
 import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import ml_dtypes
 import numpy as np
 
+from bitnet_edu.container import memory_limit
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
 from bitnet_edu.kernels.attention import PAD, SPAN, STRETCH, TILE
 from bitnet_edu.kernels.bits import has_float16
+from bitnet_edu.kernels.border import address, aligned_zeros, checked
 from bitnet_edu.kernels.head import Screen
 from bitnet_edu.kernels.simd import MAX_COLUMNS, NO_KERNEL, kernel_index, kernel_name
 from bitnet_edu.kernels.step import (
-    DOWN,
-    GATE_UP,
     INPUT,
     MIDDLE,
-    OUTPUT,
-    QKV,
+    ROTATION,
     STAGE_NAMES,
     STAGES,
     Cache,
     Shape,
     Table,
     Work,
+    stage_matrices,
     step,
 )
-from bitnet_edu.kernels.threads import default_threads, run
+from bitnet_edu.kernels.threads import checked_threads, default_threads, run
 from bitnet_edu.layers import Observer, rope_frequencies
 from bitnet_edu.weights import BitNetConfig, Weights
 
 BATCH = 256  # prompt tokens that go through the layers together
+SLOTS = 4 * BATCH  # of attention: a token in each span of positions that it looks back at
 WORTH_A_THREAD = 2**21  # bytes of weights times tokens: for less, waking another is not worth it
-PRODUCTS = {QKV: (0, 3), OUTPUT: (3, 4), GATE_UP: (4, 6), DOWN: (6, 7)}  # a layer's matrices
+HEAD_DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
+INNER = {"o_proj": "attention", "down_proj": "feed_forward"}  # what the two SubLNs normalize
 
 
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+@dataclass(frozen=True)
+class Settings:
+    """How an engine works; what it computes does not depend on it, but for a float16 cache.
 
+    threads: 1 to 256 (default: the physical cores). kernel: a name in `kernels.simd.KERNELS`
+    (default: the fastest that this CPU runs). cache_dtype: of a new KV cache, float32 or float16.
+    screen: None, or how many best logits `forward` keeps exact (see `kernels/head.py`).
+    Raises InputError.
+    """
 
-def _zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """np.zeros at a multiple of 64 bytes, so that no vector straddles two cache lines."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.zeros(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+    threads: int = field(default_factory=default_threads)
+    kernel: str = field(default_factory=kernel_name)
+    cache_dtype: type = np.float32
+    screen: int | None = None
+
+    def __post_init__(self):
+        checked_threads(self.threads)
+        kernel_index(self.kernel)
+        _checked_cache_dtype(self.cache_dtype)
+        if self.screen is not None:
+            _require_whole(self.screen, 1, 2**31, "screen, the number of exact logits,")
 
 
 class KVCache:
     """Keys and values of the tokens seen so far, [layers, kv_heads, max_len, head_dim] each.
 
     dtype: float32 (default), or float16: half the memory and, in long contexts, half the time of
-    attention, for an error of 5e-4 of each number.
+    attention, for an error of 5e-4 of each number. ContextLengthError for more tokens than the
+    model's context, InputError for more than memory holds.
     """
 
     def __init__(self, config: BitNetConfig, max_len: int, dtype: type = np.float32):
+        _require_whole(max_len, None, None, "max_len")
         if not 1 <= max_len <= config.max_position_embeddings:
             raise ContextLengthError(
                 f"a cache of {max_len} tokens was asked for, but this model's context is 1 to "
                 f"{config.max_position_embeddings} tokens: ask for a max_len in that range"
             )
-        if dtype not in (np.float32, np.float16):
-            raise InputError(f"a KV cache is float32 or float16, not {dtype}")
-        if dtype == np.float16 and not has_float16():
-            raise InputError("this CPU cannot convert float16: take a float32 KV cache")
         self.config = config
-        rows, numbers = _round_up(max_len, TILE), _round_up(config.head_dim, PAD)
-        shape = config.num_hidden_layers, config.num_key_value_heads, rows, numbers
-        keys, values = _zeros(shape, dtype), _zeros(shape, dtype)
-        self.keys = keys[:, :, :max_len, : config.head_dim]
-        self.values = values[:, :, :max_len, : config.head_dim]
-        self.max_len = max_len
+        self.dtype = _checked_cache_dtype(dtype)
+        self.max_len = int(max_len)
         self.length = 0
-        positions = np.arange(max_len, dtype=np.float32)[:, None]
-        angles = positions * rope_frequencies(config.head_dim, config.rope_theta)
-        bits = np.uint16 if dtype == np.float16 else dtype  # compiled code has no float16
-        self._arrays = Cache(keys.view(bits), values.view(bits), np.cos(angles), np.sin(angles))
+        rows, numbers = _round_up(self.max_len, TILE), _round_up(config.head_dim, PAD)
+        shape = config.num_hidden_layers, config.num_key_value_heads, rows, numbers
+        size = 2 * int(np.prod(shape, dtype=object)) * self.dtype.itemsize
+        size += 4 * rows * config.head_dim  # the rotations
+        stored = np.uint16 if dtype == np.float16 else np.float32  # compiled code has no float16
+        try:
+            if size > memory_limit():
+                raise MemoryError
+            positions = np.arange(self.max_len, dtype=np.float32)[:, None]
+            angles = positions * rope_frequencies(config.head_dim, config.rope_theta)
+            keys, values = aligned_zeros(shape, stored), aligned_zeros(shape, stored)
+            self._arrays = Cache(keys, values, np.cos(angles), np.sin(angles))
+        except MemoryError:
+            raise InputError(
+                f"a KV cache of {max_len} tokens takes {size / 1e9:.1f} GB, more than there is "
+                "memory: ask for a smaller max_len"
+            ) from None
+
+    @property
+    def keys(self) -> np.ndarray:
+        return self._numbers(self._arrays.keys)
+
+    @property
+    def values(self) -> np.ndarray:
+        return self._numbers(self._arrays.values)
+
+    def _numbers(self, padded: np.ndarray) -> np.ndarray:
+        return padded.view(self.dtype)[:, :, : self.max_len, : self.config.head_dim]
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` tokens."""
+        _require_whole(length, None, None, "length")
         if not 0 <= length <= self.length:
             raise InputError(f"cannot keep {length} tokens of a cache that holds {self.length}")
-        self.length = length
+        self.length = int(length)
 
 
 class BitNet:
     """A model that maps token ids to logits. Text comes in `bitnet_edu.generate`.
 
-    `threads` (default: the physical cores) and `kernel` (default: the fastest that this CPU runs)
-    may be changed at any time. Calls from several Python threads are safe: they take turns.
+    `settings`, and with them `threads` and `kernel`, may be changed at any time: a call that has
+    begun keeps those it found. Calls from several Python threads are safe: they take turns.
+    InputError if config and weights don't fit each other, or are more than the kernels can do.
     """
 
     def __init__(self, config: BitNetConfig, weights: Weights):
+        _require_fit(config, weights)
         self.config = config
         self.weights = weights
-        self.threads = default_threads()
+        self._settings = Settings()
         self._lock = threading.Lock()
-        self.kernel = kernel_name()
         self._shape = Shape(
             config.num_hidden_layers,
             config.hidden_size,
@@ -113,27 +149,51 @@ class BitNet:
             np.float32(config.rms_norm_eps),
             np.float32(config.head_dim**-0.5),
         )
-        if max(config.hidden_size, config.intermediate_size) > MAX_COLUMNS:
-            raise InputError(
-                f"the kernels are exact up to {MAX_COLUMNS} columns, this model has more"
-            )
         head = weights.lm_head
-        self._head = (
-            head if head.dtype == ml_dtypes.bfloat16 else head.astype(np.float32, copy=False)
-        )
-        self._head = np.require(self._head, requirements="CA")
-        self._packed = [
-            [np.require(matrix.packed, np.uint8, "C") for matrix in layer[:7]]
-            for layer in weights.layers
-        ]  # kept, for the table holds nothing but addresses
+        narrow = head.dtype == ml_dtypes.bfloat16
+        # kept, for the table holds nothing but addresses
+        self._head = head if narrow else head.astype(np.float32, copy=False)
         self._table = self._make_table()
-        self._bytes = sum(packed.nbytes for row in self._packed for packed in row)
+        self._bytes = sum(m.packed.nbytes for layer in weights.layers for m in layer[:7])
         self._work: Work | None = None
         self._screen: Screen | None = None
+        _engines.add(self)
 
-    def new_cache(self, max_len: int | None = None, dtype: type = np.float32) -> KVCache:
+    @property
+    def settings(self) -> Settings:
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        if not isinstance(settings, Settings):
+            raise InputError(f"settings must be made by model.Settings, not {settings!r}")
+        screen = self._screen
+        if settings.screen is not None:
+            _require_whole(settings.screen, 1, self.config.vocab_size, "top_k")
+            screen = screen or Screen(self._head)
+        with self._lock:
+            self._settings, self._screen = settings, screen
+
+    @property
+    def threads(self) -> int:
+        return self._settings.threads
+
+    @threads.setter
+    def threads(self, threads: int) -> None:
+        self.settings = replace(self._settings, threads=threads)
+
+    @property
+    def kernel(self) -> str:
+        return self._settings.kernel
+
+    @kernel.setter
+    def kernel(self, kernel: str) -> None:
+        self.settings = replace(self._settings, kernel=kernel)
+
+    def new_cache(self, max_len: int | None = None, dtype: type | None = None) -> KVCache:
         """An empty KV cache for up to `max_len` tokens (default: the model's whole context)."""
-        return KVCache(self.config, max_len or self.config.max_position_embeddings, dtype)
+        max_len = self.config.max_position_embeddings if max_len is None else max_len
+        return KVCache(self.config, max_len, self._settings.cache_dtype if dtype is None else dtype)
 
     def screen_head(self, top_k: int = 1) -> None:
         """From now on `forward` reads half the head, and only its `top_k` best logits are exact.
@@ -142,39 +202,42 @@ class BitNet:
         from up to `top_k` words, do not change; the other logits are a little off. Costs
         one byte for each number of the head, and a second or two.
         """
-        if not 1 <= top_k <= self.config.vocab_size:
-            raise InputError(f"top_k must be 1 to {self.config.vocab_size}, not {top_k}")
-        screen = self._screen or Screen(self._head)
-        with self._lock:
-            self._screen, self._exact = screen, top_k
-            codes = screen.codes.ctypes.data
-            self._table = self._table._replace(head=codes, head_bytes=1, head_scales=screen.scales)
+        _require_whole(top_k, 1, self.config.vocab_size, "top_k")
+        self.settings = replace(self._settings, screen=top_k)
 
     def logits(self, ids: np.ndarray, observe: Observer | None = None) -> np.ndarray:
         """Scores after every prefix of the sequence: int[T] -> float32[T, vocab].
 
-        `observe(name, array)`, where given, is shown what lies between the stages, under the names
-        of `BitNetReference.logits`, tile by tile; the arrays are overwritten afterwards.
+        Row t is what `forward` returns once it has been given the first t + 1 tokens, in whatever
+        portions, to the bit. `observe` as for `forward`.
         """
         ids = self._checked(ids)
-        hidden = np.empty((len(ids), self.config.hidden_size), np.float32)
-        self._body(ids, self.new_cache(len(ids)), hidden, observe)
+        cache = self.new_cache(len(ids))
         scores = np.empty((len(ids), self.config.vocab_size), np.float32)
-        for first in range(0, len(self._head), 8192):  # float32 copies of some rows at a time
-            rows = slice(first, first + 8192)
-            scores[:, rows] = hidden @ self._head[rows].astype(np.float32).T
+        self._body(ids, cache, scores, observe)
         return scores
 
-    def forward(self, ids: np.ndarray, cache: KVCache) -> np.ndarray:
+    def forward(
+        self, ids: np.ndarray, cache: KVCache, observe: Observer | None = None
+    ) -> np.ndarray:
         """Append int[T] tokens to the cache; return the scores of the next token, float32[vocab].
 
-        With the cache as it was: ContextLengthError if the tokens don't fit in it, BitNetError if
-        NaN or Inf turn up.
+        `observe(name, array)`, where given, is shown what lies between the stages, under the names
+        of `BitNetReference.logits`, tile by tile; the arrays are overwritten afterwards.
+
+        With the cache as it was: InputError for ids that are none, ContextLengthError if the tokens
+        don't fit in the cache, BitNetError if NaN or Inf turn up.
         """
-        return self._body(self._checked(ids), cache)
+        ids = self._checked(ids)
+        scores = np.empty((1, self.config.vocab_size), np.float32)
+        self._body(ids, cache, scores, observe, screened=True)
+        return scores[0]
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
-        ids = np.asarray(ids)
+        try:
+            ids = np.asarray(ids)
+        except ValueError:  # lists of different lengths
+            ids = np.array(None)
         if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
             raise InputError("token ids must be a non-empty one-dimensional list of integers")
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
@@ -188,70 +251,87 @@ class BitNet:
         self,
         ids: np.ndarray,
         cache: KVCache,
-        hidden: np.ndarray | None = None,
-        observe: Observer | None = None,
-    ) -> np.ndarray:
-        """All layers, tile by tile; the cache grows by T.
-
-        Returns the last token's logits, or fills `hidden`, float32[T, hidden], after the last norm.
-        """
-        if cache.config != self.config:
-            raise InputError("this KV cache was made for another model: make one with new_cache")
+        scores: np.ndarray,
+        observe: Observer | None,
+        screened: bool = False,
+    ) -> None:
+        """All layers, tile by tile; the cache grows by T, the last n tokens fill `scores`."""
         with self._lock:
-            if cache.length + len(ids) > cache.max_len:
-                raise ContextLengthError(
-                    f"{len(ids)} tokens do not fit after {cache.length} in a context of "
-                    f"{cache.max_len}: shorten the prompt or start a new conversation"
-                )
-            for first in range(0, len(ids), BATCH):
-                tile = ids[first : first + BATCH]
-                want_logits = hidden is None and first + len(tile) == len(ids)
-                work = self._run(tile, cache, cache.length + first, want_logits, observe)
-                if hidden is not None:
-                    hidden[first : first + len(tile)] = work.normed[: len(tile), : hidden.shape[1]]
-            if hidden is None and self._screen:
-                x = work.normed[len(tile) - 1, : self._shape.hidden]
-                self._screen.settle(work.logits, x, self._exact)
+            settings = self._settings
+            self._require_room(cache, len(ids))
+            table = self._table
+            if screened := screened and settings.screen is not None:
+                codes, scales = self._screen.codes, self._screen.scales
+                place = address(codes, np.int8, codes.shape, "the screen")
+                table = table._replace(head=place, head_bytes=1, head_scales=scales)
+            before = len(ids) - len(scores)
+            for first, last in _tiles(cache.length, len(ids)):
+                rows = scores[max(0, first - before) : max(0, last - before)]
+                start = cache.length + first
+                work = self._run(ids[first:last], cache, start, rows, table, settings, observe)
+            if screened:
+                x = work.normed[last - first - 1, : self._shape.hidden]
+                self._screen.settle(scores[0], x, settings.screen)
             cache.length += len(ids)
-            return hidden if hidden is not None else work.logits.copy()
+
+    def _require_room(self, cache: KVCache, tokens: int) -> None:
+        if not isinstance(cache, KVCache) or cache.config != self.config:
+            raise InputError("this KV cache was made for another model: make one with new_cache")
+        if cache.length + tokens > cache.max_len:
+            raise ContextLengthError(
+                f"{tokens} tokens do not fit after {cache.length} in a context of "
+                f"{cache.max_len}: shorten the prompt or start a new conversation"
+            )
 
     def _run(
         self,
         ids: np.ndarray,
         cache: KVCache,
         start: int,
-        want_logits: bool,
-        observe: Observer | None = None,
+        scores: np.ndarray,
+        table: Table,
+        settings: Settings,
+        observe: Observer | None,
     ) -> Work:
-        if self._work is None or len(self._work.scores) < self.threads:
-            self._work = self._make_work()
-        work, tokens = self._work, len(ids)
+        """One tile of tokens through all stages; the last ones fill `scores`, float32[n, vocab]."""
+        work, tokens = self._work_for(settings.threads), len(ids)
         work.x[:tokens] = self.weights.embedding[ids]
         work.fault[0] = 0
-        args = self._shape, self._table, cache._arrays, work, start, tokens
-        kernel = kernel_index(self.kernel)
-        threads = min(self.threads, 1 + tokens * self._bytes // WORTH_A_THREAD)
-        stages = STAGES * self._shape.layers + 1 + want_logits
+        args = self._shape, table, cache._arrays, work, scores, start, tokens
+        kernel = kernel_index(settings.kernel)
+        threads = min(settings.threads, 1 + tokens * self._bytes // WORTH_A_THREAD)
+        stages = STAGES * self._shape.layers + 1 + (len(scores) > 0)
         for begin, end in pairwise(range(stages + 1) if observe else (0, stages)):
             run(step, (*args, begin, end, kernel, threads), threads)
             if observe:
-                self._show(begin, work, tokens, observe)
+                self._show(begin, cache, work, start, tokens, observe)
         if work.fault[0]:
-            layer, stage = divmod(int(work.fault[0]) - 1, STAGES)
-            where = (
-                f"layer {layer}, {STAGE_NAMES[stage]}" if layer < len(self._packed) else "last norm"
-            )
-            raise BitNetError(
-                f"NaN or Inf among the activations ({where}): the weights are damaged or were read "
-                "in the wrong format; `bitnet-edu verify` compares them with transformers"
-            )
+            raise BitNetError(self._explain(*divmod(int(work.fault[0]) - 1, STAGES)))
         return work
+
+    def _work_for(self, threads: int) -> Work:
+        if self._work is None or len(self._work.scores) < threads:
+            self._work = self._make_work(threads)
+        return self._work
+
+    def _explain(self, layer: int, stage: int) -> str:
+        if stage == ROTATION:
+            return (
+                f"keys or values of layer {layer} are beyond 65,504, the largest float16: take a "
+                "float32 KV cache for this model"
+            )
+        last = layer == self._shape.layers
+        where = "last norm" if last else f"layer {layer}, {STAGE_NAMES[stage]}"
+        return (
+            f"NaN or Inf among the activations ({where}): the weights are damaged or were read "
+            "in the wrong format; `bitnet-edu verify` compares them with transformers"
+        )
 
     @property
     def arrays_of_a_token(self) -> list[np.ndarray]:
         """All weights that a decode step reads: packed matrices, and the head or its int8 copy."""
-        head = self._screen.codes if self._screen else self._head
-        return [packed for row in self._packed for packed in row] + [head]
+        packed = [matrix.packed for layer in self.weights.layers for matrix in layer[:7]]
+        return [*packed, self._head if self._settings.screen is None else self._screen.codes]
 
     def time_step(
         self, cache: KVCache, context: int, *, products: bool = True, head: bool = True
@@ -260,43 +340,64 @@ class BitNet:
 
         What it computes is lost. For `benchmark`, which looks at what each part costs.
         """
+        _require_whole(context, 0, cache.max_len - 1, "context")
         with self._lock:
+            self._require_room(cache, 0)
+            threads, work = self._settings.threads, self._work_for(self._settings.threads)
+            scores = np.empty((1, self.config.vocab_size), np.float32)
+            kernel = kernel_index(self._settings.kernel) if products else NO_KERNEL
             stages = STAGES * self._shape.layers + 1 + head
-            kernel = kernel_index(self.kernel) if products else NO_KERNEL
-            args = self._shape, self._table, cache._arrays, self._work, context, 1, 0, stages
+            args = self._shape, self._table, cache._arrays, work, scores, context, 1, 0, stages
             start = time.perf_counter()
-            run(step, (*args, kernel, self.threads), self.threads)
+            run(step, (*args, kernel, threads), threads)
             return time.perf_counter() - start
 
-    def _show(self, stage: int, work: Work, tokens: int, observe: Observer) -> None:
+    def _show(
+        self, stage: int, cache: KVCache, work: Work, start: int, tokens: int, observe: Observer
+    ) -> None:
         """What a stage has just made, under the reference's names."""
         layer, kind = divmod(stage, STAGES)
-        hidden, table = self._shape.hidden, self._table
-        if kind == INPUT:
+        hidden, table, prefix = self._shape.hidden, self._table, f"layers.{layer}."
+        if kind == INPUT and layer <= self._shape.layers:
             name = f"layers.{layer - 1}.after_feed_forward" if layer else "embedding"
             observe(name, work.x[:tokens])
         if kind == MIDDLE:
-            observe(f"layers.{layer}.after_attention", work.x[:tokens])
+            observe(f"{prefix}after_attention", work.x[:tokens])
         if layer == self._shape.layers:
             if kind == INPUT:
                 observe("norm", work.normed[:tokens, :hidden])
             return
+        if kind == ROTATION:
+            observe(f"{prefix}queries", work.queries[:tokens, :, : self.config.head_dim])
+            for name, numbers in (("keys", cache.keys), ("values", cache.values)):
+                made = numbers[layer, :, start : start + tokens].swapaxes(0, 1)
+                observe(f"{prefix}{name}", made.astype(np.float32))
         # a norm makes the input of the next product, a product the sums of its matrices
-        for m in range(*PRODUCTS.get(kind, PRODUCTS.get(kind + 1, (0, 0)))):
-            name = f"layers.{layer}.{list(self.config.matrix_shapes)[m]}"
-            if kind in PRODUCTS:
-                first, rows = table.offsets[m], 4 * table.rows[m]
-                observe(f"{name}.sums", work.sums[:tokens, first : first + rows])
-            else:
-                observe(f"{name}.input", work.normed[:tokens, : table.columns[m]])
-                observe(f"{name}.int8", work.q[:tokens, : table.columns[m]])
+        names, first = list(self.config.matrix_shapes), stage_matrices(kind)
+        for m in range(*first):
+            place, rows = table.offsets[m], 4 * table.rows[m]
+            observe(f"{prefix}{names[m]}.sums", work.sums[:tokens, place : place + rows])
+        for m in range(*stage_matrices(kind + 1)) if first == (0, 0) else ():
+            columns = table.columns[m]
+            if names[m] in INNER:
+                observe(f"{prefix}{INNER[names[m]]}", work.inner[:tokens, :columns])
+            observe(f"{prefix}{names[m]}.input", work.normed[:tokens, :columns])
+            observe(f"{prefix}{names[m]}.int8", work.q[:tokens, :columns])
 
     def _make_table(self) -> Table:
         layers = self.weights.layers
-        out, columns = np.array(list(self.config.matrix_shapes.values())).T
+        shapes = list(self.config.matrix_shapes.items())
+        out, columns = np.array([shape for _, shape in shapes]).T
         q, k, _, _, gate, _, _ = out
+        addresses = [
+            [
+                address(getattr(layer, name).packed, np.uint8, (rows // 4, n), name)
+                for name, (rows, n) in shapes
+            ]
+            for layer in layers
+        ]
         return Table(
-            np.array([[packed.ctypes.data for packed in row] for row in self._packed], np.int64),
+            np.array(addresses, np.int64),
             np.array([[matrix.scale for matrix in layer[:7]] for layer in layers], np.float32),
             out // 4,
             columns.copy(),
@@ -305,32 +406,110 @@ class BitNet:
             np.array([layer.post_attention_layernorm for layer in layers], np.float32),
             np.array([layer.attn_sub_norm for layer in layers], np.float32),
             np.array([layer.ffn_sub_norm for layer in layers], np.float32),
-            self._head.ctypes.data,
+            address(self._head, HEAD_DTYPES, self._head.shape, "the head"),
             self._head.itemsize,
             np.empty(0, np.float32),
         )
 
-    def _make_work(self) -> Work:
+    def _make_work(self, threads: int) -> Work:
         c = self.config
         wide = max(c.hidden_size, c.intermediate_size)
         heads = c.num_attention_heads
         kv = c.num_key_value_heads * c.head_dim
-        slots, numbers = (
-            max(BATCH, -(-c.max_position_embeddings // SPAN)),
-            _round_up(c.head_dim, PAD),
-        )
+        numbers = _round_up(c.head_dim, PAD)
+        spans = -(-c.max_position_embeddings // SPAN)
+        slots = min(max(SLOTS, spans), BATCH * spans)
         return Work(
-            x=_zeros((BATCH, c.hidden_size), np.float32),
-            normed=_zeros((BATCH, wide), np.float32),
-            q=_zeros((BATCH, wide), np.int8),
-            q_scale=_zeros((BATCH,), np.float32),
-            q_sum=_zeros((BATCH,), np.int32),
-            sums=_zeros((BATCH, max(c.hidden_size + 2 * kv, 2 * c.intermediate_size)), np.int32),
-            queries=_zeros((BATCH, heads, numbers), np.float32),
-            mixed=_zeros((slots, heads, numbers), np.float32),
-            largest=_zeros((slots, heads), np.float32),
-            total=_zeros((slots, heads), np.float32),
-            scores=_zeros((self.threads, heads // c.num_key_value_heads, STRETCH), np.float32),
-            logits=_zeros((c.vocab_size,), np.float32),
-            fault=_zeros((1,), np.int64),
+            x=aligned_zeros((BATCH, c.hidden_size), np.float32),
+            inner=aligned_zeros((BATCH, wide), np.float32),
+            normed=aligned_zeros((BATCH, wide), np.float32),
+            q=aligned_zeros((BATCH, wide), np.int8),
+            q_scale=aligned_zeros((BATCH,), np.float32),
+            q_sum=aligned_zeros((BATCH,), np.int32),
+            sums=aligned_zeros(
+                (BATCH, max(c.hidden_size + 2 * kv, 2 * c.intermediate_size)), np.int32
+            ),
+            queries=aligned_zeros((BATCH, heads, numbers), np.float32),
+            mixed=aligned_zeros((slots, heads, numbers), np.float32),
+            largest=aligned_zeros((slots, heads), np.float32),
+            total=aligned_zeros((slots, heads), np.float32),
+            scores=aligned_zeros((threads, heads // c.num_key_value_heads, STRETCH), np.float32),
+            fault=aligned_zeros((1,), np.int64),
         )
+
+
+_engines: weakref.WeakSet[BitNet] = weakref.WeakSet()
+
+
+def _renew_after_fork() -> None:
+    """A child process has no threads: a lock that one of them held would never be opened."""
+    for engine in _engines:
+        engine._lock, engine._work = threading.Lock(), None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_after_fork)
+
+
+def _tiles(start: int, tokens: int) -> Iterator[tuple[int, int]]:
+    """Cut tokens at positions start.. into tiles, (first, last), that the buffers can hold."""
+    first = 0
+    while first < tokens:
+        spans = -(-(start + first + BATCH) // SPAN)
+        last = min(tokens, first + max(1, min(BATCH, SLOTS // spans)))
+        yield first, last
+        first = last
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _require_whole(value: int, least: int | None, most: int | None, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise InputError(f"{what} must be a whole number, not {value!r}")
+    if least is not None and not least <= value <= most:
+        raise InputError(f"{what} must be {least} to {most}, not {value}")
+
+
+def _checked_cache_dtype(dtype: type) -> np.dtype:
+    if dtype not in (np.float32, np.float16):
+        raise InputError(f"a KV cache is float32 or float16, not {dtype!r}")
+    if dtype == np.float16 and not has_float16():
+        raise InputError("this CPU cannot convert float16: take a float32 KV cache")
+    return np.dtype(dtype)
+
+
+def _require_fit(config: BitNetConfig, weights: Weights) -> None:
+    """Whether these arrays make a model of this shape that compiled code can run."""
+    if max(config.hidden_size, config.intermediate_size) > MAX_COLUMNS:
+        raise InputError(f"the kernels are exact up to {MAX_COLUMNS} columns, this model has more")
+    hidden, heads, kv_heads = (
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+    )
+    if hidden % (2 * heads) or heads % kv_heads:
+        raise InputError(
+            f"{hidden} numbers can't be shared out to {heads} heads, an even number to each, or "
+            f"these not to {kv_heads} KV heads"
+        )
+    if len(weights.layers) != config.num_hidden_layers:
+        raise InputError(f"{len(weights.layers)} layers for {config.num_hidden_layers} in config")
+    for index, layer in enumerate(weights.layers):
+        for name, (out, columns) in config.matrix_shapes.items():
+            packed, scale = getattr(layer, name)
+            checked(packed, np.uint8, (out // 4, columns), f"layer {index}: {name}")
+            if out % 4 or not np.isfinite(scale):
+                raise InputError(f"layer {index}: {name} has {out} rows and the scale {scale}")
+        for name in layer._fields[7:]:
+            size = config.intermediate_size if name == "ffn_sub_norm" else hidden
+            _require_norm(getattr(layer, name), size, f"layer {index}: {name}")
+    _require_norm(weights.norm, hidden, "the last norm")
+    for name in ("embedding", "lm_head"):
+        checked(getattr(weights, name), HEAD_DTYPES, (config.vocab_size, hidden), name)
+
+
+def _require_norm(weight: np.ndarray, size: int, what: str) -> None:
+    if not np.isfinite(checked(weight, np.float32, (size,), what)).all():
+        raise InputError(f"{what} holds NaN or Inf")

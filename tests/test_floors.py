@@ -11,7 +11,7 @@ import bitnet_edu
 
 PACKAGE = Path(bitnet_edu.__file__).parent
 FLOORS = (
-    ("errors", "quantize", "packing", "weights"),
+    ("errors", "container", "quantize", "packing", "weights"),
     ("kernels",),
     ("layers",),
     ("reference", "model"),

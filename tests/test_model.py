@@ -1,5 +1,7 @@
 """The engine against the NumPy reference, and against itself on every way through it."""
 
+import copy
+import sys
 import threading
 
 import ml_dtypes
@@ -11,7 +13,7 @@ from bitnet_edu.kernels.attention import SPAN
 from bitnet_edu.kernels.bits import has_float16
 from bitnet_edu.kernels.head import Screen
 from bitnet_edu.kernels.simd import supported_kernels
-from bitnet_edu.model import BATCH, BitNet
+from bitnet_edu.model import BATCH, BitNet, Settings, _tiles
 from bitnet_edu.reference import BitNetReference
 from bitnet_edu.weights import BitNetConfig, TernaryMatrix, random_weights
 
@@ -77,28 +79,56 @@ def test_embedding_dtypes_and_untied_heads(dtype, tied):
     assert np.median(differences) < 1e-6
 
 
+def cut(ids, model, cuts, cache=None):
+    """The logits after every portion of a text, and the places of the tokens that they follow."""
+    cache = cache or model.new_cache(len(ids))
+    rows = [model.forward(part, cache) for part in np.split(ids, cuts)]
+    return np.array(rows), [*(c - 1 for c in cuts), len(ids) - 1]
+
+
 @pytest.mark.parametrize("kernel", supported_kernels())
-def test_cache_prefill_and_decode_give_the_same_rows(kernel):
-    model = model_of(CONFIGS["odd sizes"])
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+def test_logits_are_the_same_to_the_bit_however_a_text_is_cut(kernel, name, dtype):
+    model = model_of(CONFIGS[name], dtype=dtype)
     model.kernel = kernel
-    ids = ids_of(model.config, 9)
+    ids = ids_of(model.config, 23)
     whole = model.logits(ids)
-    cache = model.new_cache(9)
-    rows = [model.forward(ids[:4], cache)] + [model.forward([token], cache) for token in ids[4:]]
-    assert cache.length == 9
-    assert difference(np.array(rows), whole[3:]) < 1e-6
+    for cuts in ([], [4, 5, 6], [1, 3, 20], list(range(1, 23))):
+        rows, places = cut(ids, model, cuts)
+        np.testing.assert_array_equal(rows, whole[places])
 
 
-def test_chunked_prefill_is_the_same_as_whole():
-    """Also across the tiles that a long prompt is cut into, and the spans of attention."""
-    model = model_of(config(context=2048), seed=3)
-    ids = ids_of(model.config, SPAN + BATCH + 90)
-    whole = model.forward(ids, model.new_cache(1400))
-    for cuts in ([BATCH], [1, 2], [300, 301, 302], [SPAN, SPAN + 1], [len(ids) - 1]):
-        cache = model.new_cache(1400)
-        for part in np.split(ids, cuts):
-            scores = model.forward(part, cache)
-        assert difference(scores, whole) < 1e-6
+@pytest.mark.parametrize("half", [False, True])
+def test_so_are_those_of_long_texts(half):
+    """Across the tiles that a long prompt is cut into, and the spans of attention."""
+    if half and not has_float16():
+        pytest.skip("this CPU cannot convert float16")
+    model = model_of(config(context=2 * SPAN + 900), seed=3)
+    model.settings = Settings(cache_dtype=np.float16 if half else np.float32)
+    ids = ids_of(model.config, 2 * SPAN + 90)
+    whole = model.logits(ids)
+    for cuts in (
+        [BATCH],
+        [1, 2],
+        [300, 301, 302],
+        [SPAN, SPAN + 1],
+        [SPAN - 1, 2 * SPAN, 2 * SPAN + 1],
+        [len(ids) - 1],
+    ):
+        rows, places = cut(ids, model, cuts)
+        np.testing.assert_array_equal(rows, whole[places])
+
+
+def test_a_context_of_many_spans_goes_through_in_smaller_tiles():
+    model = model_of(config(hidden=8, heads=2, kv_heads=1, ffn=8, layers=1, context=6 * SPAN))
+    ids = ids_of(model.config, 5 * SPAN + 700)
+    tiles = list(_tiles(0, len(ids)))
+    sizes = [last - first for first, last in tiles]
+    assert min(sizes[:-1]) < BATCH == max(sizes)
+    assert [first for first, _ in tiles] == [0, *(last for _, last in tiles[:-1])]
+    rows, places = cut(ids, model, [len(ids) - 2, len(ids) - 1])
+    np.testing.assert_array_equal(rows, model.logits(ids)[places])
 
 
 def test_threads_do_not_change_a_bit():
@@ -107,10 +137,39 @@ def test_threads_do_not_change_a_bit():
     results = []
     for threads in (1, 2, 3):
         model.threads = threads
-        cache = model.new_cache(310)
-        results.append([model.forward(ids, cache), model.forward([5], cache)])
+        results.append((*cut(ids, model, [290, 299])[0], *model.logits(ids)[-3:]))
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"threads": 0}, {"threads": -1}, {"threads": 257}, {"threads": "2"}, {"threads": True},
+     {"threads": 1.5}, {"kernel": "abacus"}, {"kernel": None}, {"cache_dtype": np.int8},
+     {"cache_dtype": "float"}, {"screen": 0}, {"screen": -1}, {"screen": 1.0}],
+    ids=str,
+)  # fmt: skip
+def test_settings_are_checked_when_they_are_made(wrong):
+    with pytest.raises(InputError):
+        Settings(**wrong)
+    model = model_of(config())
+    for name in wrong.keys() & {"threads", "kernel"}:
+        with pytest.raises(InputError):
+            setattr(model, name, wrong[name])
+    assert model.settings == Settings()
+    with pytest.raises(InputError, match="top_k must be 1 to 96"):
+        model.settings = Settings(screen=97)
+    with pytest.raises(InputError, match=r"model\.Settings"):
+        model.settings = {"threads": 1}
+
+
+@pytest.mark.parametrize("value", ["0", "-2", "two", "²", "1e3", "99999", " 2 "])
+def test_an_unreadable_number_of_threads_in_the_environment(monkeypatch, value):
+    monkeypatch.setenv("BITNET_EDU_THREADS", value)
+    with pytest.raises(InputError, match="BITNET_EDU_THREADS must be a number from 1"):
+        Settings()
+    monkeypatch.setenv("BITNET_EDU_THREADS", "3")
+    assert Settings().threads == 3
 
 
 def test_calls_from_several_threads_take_turns():
@@ -138,9 +197,23 @@ def test_truncate_forgets():
     first = model.forward([1, 2, 3], cache)
     model.forward([4, 5, 6], cache)
     cache.truncate(2)
-    np.testing.assert_allclose(model.forward([3], cache), first, rtol=0, atol=1e-5 * np.ptp(first))
-    with pytest.raises(InputError, match="cannot keep 9"):
-        cache.truncate(9)
+    np.testing.assert_array_equal(model.forward([3], cache), first)
+    for length in (9, -1, 1.5, "1", None, True):
+        with pytest.raises(InputError):
+            cache.truncate(length)
+
+
+def test_a_copied_cache_is_a_cache_of_its_own():
+    model = model_of(config())
+    cache = model.new_cache(64)
+    model.forward([1, 2, 3], cache)
+    other = copy.deepcopy(cache)
+    expected = model.forward([4], cache)
+    model.forward([9], other)
+    other.truncate(3)
+    np.testing.assert_array_equal(model.forward([4], other), expected)
+    np.testing.assert_array_equal(other.keys[:, :, :4], cache.keys[:, :, :4])
+    assert not np.shares_memory(other.keys, cache.keys)
 
 
 def test_half_precision_cache_is_close():
@@ -165,7 +238,7 @@ def test_what_does_not_fit_leaves_the_cache_alone():
     keys = cache.keys.copy()
     with pytest.raises(ContextLengthError, match="3 tokens do not fit after 2 in a context of 4"):
         model.forward([1, 2, 3], cache)
-    for bad in ([], [[1]], [1.5], [-1], [96]):
+    for bad in ([], [[1]], [1.5], [-1], [96], ["1"], "12", b"12", None, 3, [True], [[1], [2, 3]], [2**70]):  # fmt: skip  # noqa: E501
         with pytest.raises(InputError):
             model.forward(bad, cache)
     with pytest.raises(InputError, match="another model"):
@@ -176,20 +249,16 @@ def test_what_does_not_fit_leaves_the_cache_alone():
         model.new_cache(641)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("where", ["embedding", "norm", *config().matrix_shapes])
-def test_nan_and_inf_are_reported(value, where):
+@pytest.mark.parametrize("where", ["embedding", *config().matrix_shapes])
+def test_nan_and_inf_on_the_way_are_reported(where):
     model = model_of(config())
     weights = model.weights
     if where == "embedding":
-        weights.embedding[7, 3] = value
+        weights.embedding[7, 3] = np.nan
         expected = r"layer 0, input norm"
-    elif where == "norm":
-        weights.layers[1].attn_sub_norm[0] = value
-        expected = "layer 1, attention's SubLN"
     else:
         layer = weights.layers[1]
-        matrix = TernaryMatrix(getattr(layer, where).packed, np.float32(value))
+        matrix = TernaryMatrix(getattr(layer, where).packed, np.float32(3e38))
         weights = weights._replace(layers=(weights.layers[0], layer._replace(**{where: matrix})))
         expected = "layer 1" if where != "down_proj" else "last norm"
     model = BitNet(model.config, weights)
@@ -197,6 +266,112 @@ def test_nan_and_inf_are_reported(value, where):
     with pytest.raises(BitNetError, match=f"NaN or Inf .*{expected}"):
         model.forward([1, 2, 7], cache)
     assert cache.length == 0
+
+
+def test_what_float16_cannot_hold_is_not_blamed_on_the_weights():
+    if not has_float16():
+        pytest.skip("this CPU cannot convert float16")
+    model = model_of(config())
+    layer = model.weights.layers[1]
+    loud = layer._replace(v_proj=TernaryMatrix(layer.v_proj.packed, np.float32(1e4)))
+    model = BitNet(model.config, model.weights._replace(layers=(model.weights.layers[0], loud)))
+    assert np.isfinite(model.forward([1, 2], model.new_cache(8))).all()
+    cache = model.new_cache(8, np.float16)
+    with pytest.raises(BitNetError, match=r"layer 1 are beyond 65,504.*float32 KV cache"):
+        model.forward([1, 2], cache)
+    assert cache.length == 0
+
+
+def replaced(weights, layer, **changes):
+    layers = list(weights.layers)
+    layers[layer] = layers[layer]._replace(**changes)
+    return weights._replace(layers=tuple(layers))
+
+
+def wrong_weights():
+    """Named ways in which weights don't fit their config."""
+    right = model_of(config()).weights
+    q = right.layers[0].q_proj
+    norm = right.norm.copy()
+    norm[3] = np.inf
+    yield "a layer less", right._replace(layers=right.layers[:1])
+    yield "narrow matrix", replaced(right, 1, q_proj=TernaryMatrix(q.packed[:, :-4], q.scale))
+    yield "unpacked", replaced(right, 0, q_proj=TernaryMatrix(np.zeros((64, 64), np.int8), q.scale))
+    yield "strided", replaced(right, 0, q_proj=TernaryMatrix(np.asfortranarray(q.packed), q.scale))
+    yield "k for q", replaced(right, 0, q_proj=right.layers[0].k_proj)
+    yield "scale", replaced(right, 0, q_proj=TernaryMatrix(q.packed, np.float32(np.nan)))
+    yield "norm's size", replaced(right, 1, ffn_sub_norm=right.norm)
+    yield "norm's dtype", right._replace(norm=right.norm.astype(np.float64))
+    yield "infinite norm", right._replace(norm=norm)
+    yield "vocabulary", right._replace(embedding=right.embedding[:-1])
+    yield "head", right._replace(lm_head=right.lm_head[:, :-2])
+    yield "head's dtype", right._replace(lm_head=right.lm_head.astype(np.float64))
+    yield "head's order", right._replace(lm_head=np.asfortranarray(right.lm_head))
+
+
+WRONG = dict(wrong_weights())
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_weights_that_do_not_fit_are_refused(name):
+    with pytest.raises(InputError):
+        BitNet(config(), WRONG[name])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"vocab_size": 2**24}, {"num_key_value_heads": 8}, {"intermediate_size": 2**16},
+     {"num_attention_heads": 3}, {"hidden_size": 2**18}, {"num_hidden_layers": 3}],
+    ids=str,
+)  # fmt: skip
+def test_a_config_that_does_not_fit_is_refused(change):
+    with pytest.raises(InputError):
+        BitNet(config()._replace(**change), model_of(config()).weights)
+
+
+def test_contexts_beyond_memory_are_refused_before_they_are_made():
+    model = model_of(config(context=2**31 - 1))
+    for length in (None, 10**9):
+        with pytest.raises(InputError, match="more than there is memory: ask for"):
+            model.new_cache(length)
+    for length in ("9", 9.0, True):
+        with pytest.raises(InputError, match="whole number"):
+            model.new_cache(length)
+
+
+def test_a_timed_step_stays_within_its_cache():
+    model = model_of(config())
+    cache = model.new_cache(16)
+    assert model.time_step(cache, 15, products=False, head=False) > 0  # even before any other call
+    for context in (16, 10**9, -1, 1.5):
+        with pytest.raises(InputError, match="context"):
+            model.time_step(cache, context)
+    with pytest.raises(InputError, match="another model"):
+        model.time_step(model_of(config(layers=3)).new_cache(16), 3)
+
+
+def test_threads_that_change_in_the_middle_of_a_step():
+    model = model_of(config(hidden=256, ffn=680, heads=4, kv_heads=2))
+    ids = ids_of(model.config, 200)
+    expected = model.forward(ids, model.new_cache(200))
+    done = threading.Event()
+
+    def change():
+        while not done.is_set():
+            model.threads = model.threads % 40 + 1
+
+    changer = threading.Thread(target=change)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    changer.start()
+    try:
+        for _ in range(40):
+            model._work = None  # so that the buffers are made anew, too
+            np.testing.assert_array_equal(model.forward(ids, model.new_cache(200)), expected)
+    finally:
+        done.set()
+        changer.join()
+        sys.setswitchinterval(before)
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
@@ -217,8 +392,18 @@ def test_screened_head_finds_the_same_best_words_with_the_same_logits(dtype, top
         np.testing.assert_array_equal(np.argsort(-found, kind="stable")[:top_k], best)
         np.testing.assert_array_equal(found[best], expected[best])
         assert 0 < difference(found, expected) < 0.02  # the others are a little off
-    with pytest.raises(InputError, match="top_k"):
-        model.screen_head(0)
+    np.testing.assert_array_equal(model.logits(prompts[0])[-1], exact[0])  # which is never screened
+    for wrong in (0, 2001, "3", 1.0):
+        with pytest.raises(InputError, match="top_k"):
+            model.screen_head(wrong)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_the_screen_hides_no_nan(value):
+    model = model_of(config(), tied=False)
+    model.weights.lm_head[50, 3] = value
+    with pytest.raises(InputError, match="1 NaN or Inf"):
+        model.screen_head(5)
 
 
 def test_the_screen_bounds_its_error():

@@ -17,6 +17,7 @@ from bitnet_edu.kernels.bits import (
     FLOATS,
     as_float,
     at,
+    is_full_half,
     jit,
     load_floats,
     max_jit,
@@ -61,6 +62,15 @@ def rotate(sums, scale, cos, sin, out):
         a, b = np.float32(first[i]) * scale, np.float32(second[i]) * scale
         first_out[i] = narrow(a * cos[i] - b * sin[i], first_out[i])
         second_out[i] = narrow(b * cos[i] + a * sin[i], second_out[i])
+
+
+@jit
+def holds_infinity(halves):
+    """Whether one of these numbers of the cache, if they are float16, is Inf or NaN."""
+    found = False
+    for i in range(len(halves)):
+        found |= is_full_half(halves[i])
+    return found
 
 
 @jit

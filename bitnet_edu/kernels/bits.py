@@ -1,18 +1,31 @@
 """How this package compiles, and small things that Numba cannot say."""
 
+import contextlib
+import ctypes
 import functools
 import hashlib
+import pickle
 import platform
+import sys
 from pathlib import Path
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.core import cgutils
+from numba.core.caching import IndexDataCacheFile
+from numba.core.codegen import get_host_cpu_features
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, register_jitable
 
+from bitnet_edu.errors import BitNetError
+
 FLOATS = ir.VectorType(ir.FloatType(), 16)
+
+if config.DISABLE_JIT:
+    raise BitNetError(
+        "NUMBA_DISABLE_JIT is set: without its compiler this package can't run a model, so unset it"
+    )
 
 # Compiled code raises nothing: a thread that stopped half-way would leave the others waiting.
 # So division follows NumPy, and NaN is looked for where it matters (pointwise.py).
@@ -29,17 +42,50 @@ max_jit = register_jitable(**INNER, fastmath={"nnan", "nsz"})
 def cached_jit(function):
     """What Python calls: compiled once per machine and version of *any* file of this folder.
 
-    Numba keeps machine code beside the source or, if that is read-only, in the user's cache folder,
-    and looks for changes only in the file of `function`. With no place to write, each process
-    compiles anew.
+    Numba keeps machine code beside the source or, if that is read-only, in the user's cache folder.
+    It is a help, never needed: what can't be written is not kept, what isn't whole is not read, and
+    with no place at all each process compiles anew.
     """
     try:
         compiled = njit(**OPTIONS, cache=True)(function)
-    except RuntimeError:
+    except (RuntimeError, OSError):
         return njit(**OPTIONS)(function)
-    index = compiled._cache._cache_file
-    index._source_stamp = index._source_stamp, _sources()
+    cache = compiled._cache
+    cache._guard_against_spurious_io_errors = lambda: contextlib.suppress(Exception)
+    stamp = cache._cache_file._source_stamp, _sources()
+    cache._cache_file = _CacheFile(cache._cache_path, cache._impl.filename_base, stamp)
     return compiled
+
+
+class _CacheFile(IndexDataCacheFile):
+    """Numba's index and data, each with a checksum in front: a damaged one counts as missing."""
+
+    def _load_index(self) -> dict:
+        version, stamp, overloads = self._load(self._index_path) or (None, None, None)
+        fresh = (version, stamp) == (self._version, self._source_stamp)
+        return overloads if fresh else {}
+
+    def _save_index(self, overloads: dict) -> None:
+        self._save(self._index_path, (self._version, self._source_stamp, overloads))
+
+    def _load_data(self, name: str):
+        return self._load(self._data_path(name))
+
+    def _save_data(self, name: str, data) -> None:
+        self._save(self._data_path(name), data)
+
+    def _save(self, path: str, value) -> None:
+        content = self._dump(value)
+        with self._open_for_write(path) as file:
+            file.write(hashlib.sha256(content).digest() + content)
+
+    def _load(self, path: str):
+        try:
+            whole = Path(path).read_bytes()
+        except OSError:
+            return None
+        checksum, content = whole[:32], whole[32:]
+        return pickle.loads(content) if hashlib.sha256(content).digest() == checksum else None
 
 
 @functools.cache
@@ -48,11 +94,31 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+def _has_dot_product() -> bool:
+    """Whether this is an Arm with `sdot` and `udot`, which LLVM doesn't report on every system."""
+    if platform.machine() not in ("aarch64", "arm64"):
+        return False
+    system = ctypes.CDLL(None)
+    if sys.platform == "darwin":
+        found, size = ctypes.c_int(0), ctypes.c_size_t(4)
+        name = b"hw.optional.arm.FEAT_DotProd"
+        failed = system.sysctlbyname(name, ctypes.byref(found), ctypes.byref(size), None, 0)
+        return not failed and found.value == 1
+    if sys.platform == "linux":
+        system.getauxval.restype, system.getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+        return bool(system.getauxval(16) >> 20 & 1)  # AT_HWCAP, HWCAP_ASIMDDP
+    return False
+
+
 @functools.cache
 def cpu_features() -> frozenset[str]:
     """What Numba compiles for: the features of this CPU, unless NUMBA_CPU_FEATURES names others."""
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
     return frozenset(name[1:] for name in features.split(",") if name.startswith("+"))
+
+
+if config.CPU_FEATURES is None and _has_dot_product():  # before Numba compiles anything
+    config.CPU_FEATURES = f"{get_host_cpu_features()},+dotprod"
 
 
 def has_float16() -> bool:
@@ -115,3 +181,16 @@ def narrow(typingctx, number, like):
         return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
 
     return like(types.float32, like), codegen
+
+
+@intrinsic
+def is_full_half(typingctx, number):
+    """Whether float16 bits in a uint16 mean Inf or NaN; of a float32, always False."""
+
+    def codegen(context, builder, signature, args):
+        if signature.args[0] == types.float32:
+            return ir.IntType(1)(0)
+        exponent = ir.IntType(16)(0x7C00)
+        return builder.icmp_unsigned("==", builder.and_(args[0], exponent), exponent)
+
+    return types.boolean(number), codegen

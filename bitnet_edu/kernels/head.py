@@ -15,12 +15,14 @@ n u / (1 - n u) times |w| |x| with u = 2**-24 (Higham, Accuracy and Stability, 3
 the screen and in the exact logit; a few more roundings are covered by n + 8 in place of n.
 """
 
+import ml_dtypes
 import numpy as np
 from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from bitnet_edu.errors import InputError
 from bitnet_edu.kernels.bits import (
     FLOATS,
     as_float,
@@ -31,42 +33,71 @@ from bitnet_edu.kernels.bits import (
     multiply_add,
     pointer,
 )
+from bitnet_edu.kernels.border import address, checked
+from bitnet_edu.kernels.matmul import count_nonfinite
 from bitnet_edu.kernels.simd import AHEAD, INT8, INT16, INT32, INT64, STEP, prefetch_line, sum_lanes
+
+TOKENS = 4  # that share the loads of a row
 
 
 @jit
 def head_rows(head, number_bytes, scales, x, first, last, logits):
-    """logits[r] = row r of the head . x for first <= r < last.
+    """logits[t, r] = row r of the head . x[t] for first <= r < last and all tokens t.
 
     head: the address of [vocab, hidden] float32 (number_bytes 4), bfloat16 (2) or int8 (1), whose
-    rows are multiplied with float32 `scales`.
+    rows are multiplied with float32 `scales`; x: float32[T, hidden], logits: float32[T, vocab].
+    A logit's sum is added up in one order, however many tokens there are.
     """
-    hidden, x_at = len(x), at(x)
-    whole = hidden // STEP * STEP
+    tokens, hidden = x.shape
+    x_row, out_row = x.strides[0], logits.strides[0]
     for r in range(first, last):
-        row = head + r * hidden * number_bytes
-        if number_bytes == 2:
-            logits[r] = _dot_bfloat16(x_at, row, whole)
-            rest = carray(pointer(row, np.uint16), hidden)
-            for i in range(whole, hidden):
-                logits[r] += x[i] * as_float(np.int64(rest[i]) << 16)
-        elif number_bytes == 1:
-            logits[r] = _dot_int8(x_at, row, whole)
-            rest = carray(pointer(row, np.int8), hidden)
-            for i in range(whole, hidden):
-                logits[r] += x[i] * np.float32(rest[i])
-            logits[r] *= scales[r]
-        else:
-            logits[r] = _dot_float32(x_at, row, whole)
-            rest = carray(pointer(row, np.float32), hidden)
-            for i in range(whole, hidden):
-                logits[r] += x[i] * rest[i]
+        row, token = head + r * hidden * number_bytes, 0
+        while token < tokens:
+            tile = TOKENS if tokens - token >= TOKENS and number_bytes > 1 else 1
+            args = at(x[token:]), x_row, row, hidden // STEP * STEP, at(logits[token, r:]), out_row
+            if number_bytes == 1:
+                _int8_one(*args)
+            elif number_bytes == 2:
+                if tile > 1:
+                    _bfloat16_tile(*args)
+                else:
+                    _bfloat16_one(*args)
+            elif tile > 1:
+                _float32_tile(*args)
+            else:
+                _float32_one(*args)
+            for t in range(token, token + tile):
+                logits[t, r] += rest_of_row(row, number_bytes, x[t])
+                if number_bytes == 1:
+                    logits[t, r] *= scales[r]
+            token += tile
 
 
-def _dot(number_bytes: int):
-    """Make an intrinsic: (x, row, n) -> x . row, for addresses of n numbers, a multiple of STEP.
+@jit
+def rest_of_row(row, number_bytes, x):
+    """The part of row . x behind the last whole step."""
+    hidden, total = len(x), np.float32(0)
+    whole = hidden // STEP * STEP
+    if number_bytes == 2:
+        bits = carray(pointer(row, np.uint16), hidden)
+        for i in range(whole, hidden):
+            total += x[i] * as_float(np.int64(bits[i]) << 16)
+    elif number_bytes == 1:
+        codes = carray(pointer(row, np.int8), hidden)
+        for i in range(whole, hidden):
+            total += x[i] * np.float32(codes[i])
+    else:
+        numbers = carray(pointer(row, np.float32), hidden)
+        for i in range(whole, hidden):
+            total += x[i] * numbers[i]
+    return total
 
-    Like the loop that a compiler makes of this sum, but for the prefetch.
+
+def _dot(number_bytes: int, tokens: int):
+    """Make an intrinsic: out[t] = x[t] . row for `tokens` tokens and n numbers, a multiple of STEP.
+
+    (x, x_row, row, n, out, out_row): addresses, x and out each followed by the bytes from token to
+    token. Like the loop that a compiler makes of this sum, but for the prefetch.
     """
 
     def load(builder, address):
@@ -83,35 +114,54 @@ def _dot(number_bytes: int):
         return builder.bitcast(shifted, FLOATS)
 
     def codegen(context, builder, signature, args):
-        x, row, n = args
+        x, x_row, row, n, out, out_row = args
         zero = ir.Constant(FLOATS, [0.0] * 16)
-        sums = [cgutils.alloca_once_value(builder, zero) for _ in range(STEP // 16)]
+        sums = [
+            [cgutils.alloca_once_value(builder, zero) for _ in range(STEP // 16)]
+            for _ in range(tokens)
+        ]
         with cgutils.for_range_slice(builder, INT64(0), n, INT64(STEP), INT64) as (i, _):
             place = builder.add(row, builder.mul(i, INT64(number_bytes)))
-            for line in range(0, STEP * number_bytes, 64):
-                prefetch_line(builder, builder.add(place, INT64(AHEAD + line)))
+            if tokens == 1:  # else arithmetic is the limit
+                for line in range(0, STEP * number_bytes, 64):
+                    prefetch_line(builder, builder.add(place, INT64(AHEAD + line)))
             x_place = builder.add(x, builder.mul(i, INT64(4)))
-            for j, sum_ in enumerate(sums):
-                a = load_floats(builder, builder.add(x_place, INT64(64 * j)))
+            for j in range(STEP // 16):
                 b = load(builder, builder.add(place, INT64(16 * number_bytes * j)))
-                builder.store(multiply_add(builder, a, b, builder.load(sum_)), sum_)
-        a, b, c, d = (builder.load(sum_) for sum_ in sums)
-        total = sum_lanes(builder, [builder.fadd(builder.fadd(a, b), builder.fadd(c, d))])
-        return builder.extract_element(total, INT32(0))
+                for t in range(tokens):
+                    token = builder.add(x_place, builder.mul(x_row, INT64(t)))
+                    a = load_floats(builder, builder.add(token, INT64(64 * j)))
+                    sum_ = sums[t][j]
+                    builder.store(multiply_add(builder, a, b, builder.load(sum_)), sum_)
+        totals = []
+        for parts in sums:
+            a, b, c, d = map(builder.load, parts)
+            totals.append(builder.fadd(builder.fadd(a, b), builder.fadd(c, d)))
+        total = sum_lanes(builder, totals)
+        for t in range(tokens):
+            place = builder.add(out, builder.mul(out_row, INT64(t)))
+            value = builder.extract_element(total, INT32(t))
+            builder.store(value, builder.inttoptr(place, ir.FloatType().as_pointer()), align=4)
+        return context.get_dummy_value()
 
-    def typer(typingctx, x, row, n):
-        return types.float32(types.int64, types.int64, types.int64), codegen
+    def typer(typingctx, x, x_row, row, n, out, out_row):
+        return types.void(*[types.int64] * 6), codegen
 
     return intrinsic(typer)
 
 
-_dot_int8, _dot_bfloat16, _dot_float32 = _dot(1), _dot(2), _dot(4)
+_int8_one = _dot(1, 1)
+_bfloat16_one, _bfloat16_tile = _dot(2, 1), _dot(2, TOKENS)
+_float32_one, _float32_tile = _dot(4, 1), _dot(4, TOKENS)
 
 
 class Screen:
     """The int8 copy of a head, bfloat16 or float32[vocab, hidden], and how far it may be off."""
 
     def __init__(self, head: np.ndarray):
+        checked(head, (np.float32, ml_dtypes.bfloat16), (None, None), "a head")
+        if bad := count_nonfinite(head):
+            raise InputError(f"a head with {bad} NaN or Inf can't be screened: it has no best word")
         vocab, hidden = head.shape
         self.head = head
         self.codes = np.empty((vocab, hidden), np.int8)
@@ -135,8 +185,8 @@ class Screen:
         lower = logits - reach
         threshold = lower.max() if k == 1 else np.partition(lower, -k)[-k]
         rows = np.flatnonzero(logits + reach >= threshold)
-        bytes_ = self.head.itemsize
-        exact_rows(self.head.ctypes.data, bytes_, self.scales, x, rows, logits)
+        head = address(self.head, self.head.dtype.type, self.head.shape, "a head")
+        exact_rows(head, self.head.itemsize, self.scales, x[None], rows, logits[None])
         return len(rows)
 
 

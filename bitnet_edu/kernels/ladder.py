@@ -5,13 +5,54 @@ q int8[in]. It returns int32[out], the exact sums over i of codes[o, i] * q[i], 
 They are here to be understood and measured; the engine uses `matmul`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
+from bitnet_edu.errors import InputError
+from bitnet_edu.kernels.bits import cached_jit
+from bitnet_edu.kernels.border import checked
 from bitnet_edu.packing import pack_base3, pack_hf
+
+
+def compiled(
+    dtype: type, shape: str, most: Callable[[np.ndarray], int] | None = None, limit: int = 0
+) -> Callable:
+    """Compile a rung, behind a check of its arguments: compiled code looks at no length.
+
+    shape: that of the weights, with "in" where the length of q must stand, or "in/4" for a quarter
+    of it, rounded up. most(weights) must not exceed limit: the largest index into a table of sums.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        kernel = cached_jit(function)
+
+        @functools.wraps(function)
+        def guarded(weights: np.ndarray, q: np.ndarray) -> np.ndarray:
+            checked(q, np.int8, (None,), "q, the activations")
+            lengths = {"in": len(q), "in/4": -(-len(q) // 4), "in/5": -(-len(q) // 5), "2": 2}
+            sizes = tuple(lengths.get(size) for size in shape.split())
+            checked(weights, dtype, sizes, f"weights for {len(q)} activations")
+            if most and most(weights) > limit:
+                raise InputError(f"{function.__name__} looks sums up: an index is above {limit}")
+            return kernel(weights, q)
+
+        guarded.py_func = function
+        return guarded
+
+    return decorate
+
+
+@cached_jit
+def largest_nibble(array: np.ndarray) -> int:
+    """The largest four-bit number in uint8[rows, columns]."""
+    most = np.uint8(0)
+    for row in array:
+        for byte in row:
+            most = max(most, byte & np.uint8(15), byte >> np.uint8(4))
+    return most
 
 
 def numpy_dense(weights: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -38,7 +79,7 @@ def python_loops(weights: list[list[int]], q: np.ndarray) -> np.ndarray:
     return np.array(sums, np.int32)
 
 
-@njit(cache=True)
+@compiled(np.int8, "out in")
 def branching(codes: np.ndarray, q: np.ndarray) -> np.ndarray:
     """Add where the weight is +1, subtract where it is -1, do nothing where it is 0.
 
@@ -55,7 +96,7 @@ def branching(codes: np.ndarray, q: np.ndarray) -> np.ndarray:
     return sums
 
 
-@njit(cache=True)
+@cached_jit
 def times_code(w: int, value: int) -> int:
     """w * value for w in {-1, 0, 1}, without a multiplication and without a branch.
 
@@ -66,7 +107,7 @@ def times_code(w: int, value: int) -> int:
     return ((value & keep) ^ flip) - flip
 
 
-@njit(cache=True)
+@compiled(np.int8, "out in")
 def branch_free(codes: np.ndarray, q: np.ndarray) -> np.ndarray:
     """The same few operations for every weight, whatever it is: masks choose what is added.
 
@@ -80,7 +121,7 @@ def branch_free(codes: np.ndarray, q: np.ndarray) -> np.ndarray:
     return sums
 
 
-@njit(cache=True)
+@compiled(np.uint8, "rows in")
 def packed_two_bits(packed: np.ndarray, q: np.ndarray) -> np.ndarray:
     """Read a quarter of the bytes and decode on the fly: shift, mask, subtract 1.
 
@@ -110,7 +151,7 @@ def pack_bit_planes(codes: np.ndarray) -> np.ndarray:
     return np.packbits(planes, axis=1, bitorder="little")[:, 0]
 
 
-@njit(cache=True)
+@compiled(np.uint8, "2 rows in")
 def bit_planes(planes: np.ndarray, q: np.ndarray) -> np.ndarray:
     """One bit says "add", another says "subtract": each bit becomes a mask over the activation.
 
@@ -127,13 +168,15 @@ def bit_planes(planes: np.ndarray, q: np.ndarray) -> np.ndarray:
     return sums.reshape(-1)
 
 
-@njit(cache=True)
+@cached_jit
 def partial_sums(group: np.ndarray, table: np.ndarray) -> None:
     """All sums that g activations can have under ternary weights, each one addition away.
 
     group: int8[g]. Fills table int16[3**g]: the sum of (d_j - 1) * group[j] stands at the index
-    d_0 + 3 * d_1 + 9 * d_2 + ..., with digits d_j in {0, 1, 2}.
+    d_0 + 3 * d_1 + 9 * d_2 + ..., with digits d_j in {0, 1, 2}. ValueError for a shorter table.
     """
+    if len(table) < 3 ** len(group):
+        raise ValueError("the table is too short: g activations have 3**g sums")
     table[0] = 0
     for value in group:
         table[0] -= value
@@ -157,7 +200,7 @@ def pack_pairs(codes: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray((pairs[:, 0::2] | pairs[:, 1::2] << 4).T)
 
 
-@njit(cache=True)
+@compiled(np.uint8, "in/4 out", largest_nibble, 8)
 def lookup_table(pairs: np.ndarray, q: np.ndarray) -> np.ndarray:
     """Two activations have only nine sums: make them once, then look them up for every row.
 
@@ -183,7 +226,7 @@ def pack_base3_columns(codes: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pack_base3(codes).T)
 
 
-@njit(cache=True)
+@compiled(np.uint8, "in/5 out", np.max, 242)
 def base_three(trits: np.ndarray, q: np.ndarray) -> np.ndarray:
     """Five weights in a byte, and the byte itself is the index of their sum.
 

@@ -12,11 +12,10 @@ from bitnet_edu.kernels.bits import as_float, jit, sum_jit
 
 
 @jit
-def add_sums(x, sums, scale, out):
-    """The residual: x += sums * scale; a copy of it in `out`."""
+def add_sums(x, sums, scale):
+    """The residual: x += sums * scale."""
     for i in range(len(x)):
         x[i] += np.float32(sums[i]) * scale
-        out[i] = x[i]
 
 
 @jit
@@ -28,21 +27,21 @@ def squared_relu(gates, gate_scale, ups, up_scale, out):
 
 
 @jit
-def norm_and_quantize(x, weight, eps, q):
-    """x = RMSNorm(x), q = its absmax int8. Returns (scale, sum of q, whether x was finite).
+def norm_and_quantize(x, weight, eps, normed, q):
+    """normed = RMSNorm(x), q = its absmax int8. Returns (scale, sum of q, whether all is finite).
 
     NaN and Inf become zeros: whoever calls must report them.
     """
     root = math.sqrt(mean_square(x) + eps)
     for i in range(len(x)):
-        x[i] = weight[i] * (x[i] / root)
-    largest = largest_magnitude(x)
+        normed[i] = weight[i] * (x[i] / root)
+    largest = largest_magnitude(normed)
     finite = largest < np.inf
     if not finite:
-        x[:] = 0
+        normed[:] = 0
         largest = np.float32(0)
     inverse = np.float32(1) / max(largest, np.float32(1e-5)) * np.float32(127)
-    return np.float32(1) / inverse, round_to_int8(x, inverse, q), finite
+    return np.float32(1) / inverse, round_to_int8(normed, inverse, q), finite
 
 
 @sum_jit

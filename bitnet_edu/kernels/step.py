@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bitnet_edu.kernels.attention import SPAN, attend, join, rotate_and_store
+from bitnet_edu.kernels.attention import SPAN, attend, holds_infinity, join, rotate_and_store
 from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit
 from bitnet_edu.kernels.head import head_rows
 from bitnet_edu.kernels.pointwise import add_sums, norm_and_quantize, squared_relu
@@ -67,17 +67,17 @@ class Work(NamedTuple):
     """The buffers between stages, for up to T tokens at a time."""
 
     x: np.ndarray  # float32[T, hidden], the residual stream
+    inner: np.ndarray  # float32[T, max(hidden, ffn)], what attention or squared ReLU made
     normed: np.ndarray  # float32[T, max(hidden, ffn)]
     q: np.ndarray  # int8[T, max(hidden, ffn)], quantized activations
     q_scale: np.ndarray  # float32[T]
     q_sum: np.ndarray  # int32[T]
     sums: np.ndarray  # int32[T, most outputs of a stage]
     queries: np.ndarray  # float32[T, heads, padded head_dim]
-    mixed: np.ndarray  # float32[T * spans, heads, padded head_dim], what attention found
-    largest: np.ndarray  # float32[T * spans, heads], its largest score
-    total: np.ndarray  # float32[T * spans, heads], its sum of exp(score - largest)
+    mixed: np.ndarray  # float32[slots, heads, padded head_dim], what a span of positions gave
+    largest: np.ndarray  # float32[slots, heads], its largest score
+    total: np.ndarray  # float32[slots, heads], its sum of exp(score - largest)
     scores: np.ndarray  # float32[threads, heads / kv_heads, STRETCH]
-    logits: np.ndarray  # float32[vocab]
     fault: np.ndarray  # int64[1]: 0, or 1 + the first stage whose input held NaN or Inf
 
 
@@ -91,14 +91,17 @@ class Cache(NamedTuple):
 
 
 @cached_jit
-def step(shape, table, cache, work, start, tokens, begin, end, kernel, threads, thread, counters):
+def step(
+    shape, table, cache, work, logits, start, tokens, begin, end, kernel, threads, thread, counters
+):
     """Run work.x[:tokens], at positions start.., through the stages from `begin` to before `end`.
 
     Stage STAGES * layers is the last norm, which leaves the tokens in work.normed; the one after
-    it makes the last token's logits. Called by several threads at once with the same arguments but
-    for `thread`.
+    it makes logits, float32[n, vocab], of the last n tokens. Called by several threads at once with
+    the same arguments but for `thread`. What is computed for a token does not depend on how many
+    there are, nor on the threads: a logit is the same to the bit however a text is cut into calls.
     """
-    spans = ceil_div(start + 1, SPAN) if tokens == 1 else 1
+    spans = ceil_div(start + tokens, SPAN)
     done = 0
     chunk = take(counters)
     for stage in range(begin, end):
@@ -125,8 +128,9 @@ def step(shape, table, cache, work, start, tokens, begin, end, kernel, threads, 
             elif kind == ATTENTION:
                 attention_chunk(shape, cache, work, layer, index, start, spans, thread)
             elif stage > STAGES * shape.layers:
-                x, scales = work.normed[tokens - 1, : shape.hidden], table.head_scales
-                head_rows(table.head, table.head_bytes, scales, x, row, end_row, work.logits)
+                x = work.normed[tokens - len(logits) : tokens, : shape.hidden]
+                scales = table.head_scales
+                head_rows(table.head, table.head_bytes, scales, x, row, end_row, logits)
             else:
                 pointwise(stage, index, shape, table, cache, work, start, spans)
             finish(counters)
@@ -176,13 +180,15 @@ def fetch_rows(layer, m, row, table):
 
 @jit
 def attention_chunk(shape, cache, work, layer, chunk, start, spans, thread):
-    """One token, the query heads of one KV head, and one span of positions (or all of them)."""
+    """One token, the query heads of one KV head, and one span of positions."""
     group = shape.heads // shape.kv_heads
     token, rest = chunk // (spans * shape.kv_heads), chunk % (spans * shape.kv_heads)
     kv_head, span = rest // spans, rest % spans
     heads, slot = slice(kv_head * group, (kv_head + 1) * group), token * spans + span
     first = span * SPAN
-    positions = start + token + 1 - first if span == spans - 1 else SPAN
+    positions = min(start + token + 1 - first, SPAN)
+    if positions <= 0:  # a later token looks back at this span, this one can't yet
+        return
     attend(
         work.queries[token, heads],
         cache.keys[layer, kv_head, first:],
@@ -212,28 +218,37 @@ def pointwise(stage, token, shape, table, cache, work, start, spans):
             cache.keys[layer, :, start + token],
             cache.values[layer, :, start + token],
         )
+        for head in range(shape.kv_heads):
+            keys = cache.keys[layer, head, start + token]
+            values = cache.values[layer, head, start + token]
+            if holds_infinity(keys) or holds_infinity(values):
+                note_fault(work, stage)
         return
     size = shape.ffn if kind == SQUARED_RELU else shape.hidden
-    normed, sums = work.normed[token, :size], work.sums[token]
-    if stage == 0:
-        weight = table.input_norm[0]
-        for i in range(size):
-            normed[i] = x[i]
-    elif kind == INPUT:
-        weight = table.input_norm[layer]
-        add_sums(x, sums, x_scale * table.scales[layer - 1, 6], normed)
+    sums, inner, normed = work.sums[token], work.inner[token, :size], work.normed[token, :size]
+    if kind == INPUT:
+        inner, weight = x, table.input_norm[layer]
+        if layer > 0:
+            add_sums(x, sums, x_scale * table.scales[layer - 1, 6])
     elif kind == MIDDLE:
-        weight = table.middle_norm[layer]
-        add_sums(x, sums, x_scale * table.scales[layer, 3], normed)
+        inner, weight = x, table.middle_norm[layer]
+        add_sums(x, sums, x_scale * table.scales[layer, 3])
     elif kind == HEADS:
         weight = table.attn_sub_norm[layer]
-        slots = slice(token * spans, (token + 1) * spans)
-        join(work.mixed[slots], work.largest[slots], work.total[slots], normed)
+        slots = slice(token * spans, token * spans + ceil_div(start + token + 1, SPAN))
+        join(work.mixed[slots], work.largest[slots], work.total[slots], inner)
     else:
         weight = table.ffn_sub_norm[layer]
         gate_scale, up_scale = x_scale * table.scales[layer, 4], x_scale * table.scales[layer, 5]
-        squared_relu(sums[:size], gate_scale, sums[size:], up_scale, normed)
-    scale, q_sum, finite = norm_and_quantize(normed, weight, shape.eps, work.q[token, :size])
+        squared_relu(sums[:size], gate_scale, sums[size:], up_scale, inner)
+    q = work.q[token, :size]
+    scale, q_sum, finite = norm_and_quantize(inner, weight, shape.eps, normed, q)
     work.q_scale[token], work.q_sum[token] = scale, q_sum
     if not finite:
-        work.fault[0] = stage + 1 if work.fault[0] == 0 else min(stage + 1, work.fault[0])
+        note_fault(work, stage)
+
+
+@jit
+def note_fault(work, stage):
+    """Something is NaN or Inf: the first stage where that is seen is what will be reported."""
+    work.fault[0] = stage + 1 if work.fault[0] == 0 else min(stage + 1, work.fault[0])

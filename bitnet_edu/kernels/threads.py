@@ -6,13 +6,18 @@ until all chunks of earlier stages are finished, and works. So a thread that sta
 or loses its core to another program, costs at most the one chunk it holds: the others do the rest.
 There are no barriers, and no threading layer of Numba's (whose threads collapse on a busy machine,
 or abort when two Python threads use them at once).
+
+What helpers work on are addresses. So none of them may still be at work once `run` is left, however
+it is left: when Ctrl-C strikes, the tickets are withdrawn and the helpers waited for.
 """
 
+import contextlib
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import Any
 
+import numba
 import numpy as np
 import psutil
 from llvmlite import ir
@@ -20,27 +25,40 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bitnet_edu.kernels.bits import ceil_div, jit
+from bitnet_edu.container import cpu_limit
+from bitnet_edu.errors import InputError
+from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit
 
-MOST_THREADS = 16  # memory, not arithmetic, is the limit long before
+MOST_THREADS = 256
+DEFAULT_MOST = 16  # memory, not arithmetic, is the limit long before
 PARTS = 2  # chunks a thread, at least
 MOST_BYTES = 2**22  # in a chunk
-NEXT, DONE = 0, 16  # where in the counters: two cache lines apart
+NEXT, DONE, HELPERS, WITHDRAWN = 0, 16, 32, 48  # in the counters: two cache lines apart
+NO_TICKET = 2**60  # beyond all chunks
 LOOKS = 200_000  # 50 microseconds or more, longer than any chunk should take
 
 
+def checked_threads(threads: int) -> int:
+    """`threads` itself, if that many can work. InputError for anything but 1 to MOST_THREADS."""
+    if isinstance(threads, bool) or not isinstance(threads, int | np.integer):
+        raise InputError(f"threads must be a whole number, not {threads!r}")
+    if not 1 <= threads <= MOST_THREADS:
+        raise InputError(f"threads must be 1 to {MOST_THREADS}, not {threads}")
+    return int(threads)
+
+
 def default_threads() -> int:
-    """The physical cores this process may use, at most 16; BITNET_EDU_THREADS overrides it."""
-    if os.environ.get("BITNET_EDU_THREADS", "").isdigit():
-        return max(1, int(os.environ["BITNET_EDU_THREADS"]))
+    """The physical cores that this process may use, at most 16; BITNET_EDU_THREADS overrides it."""
+    if wanted := os.environ.get("BITNET_EDU_THREADS"):
+        if not (wanted.isascii() and wanted.isdigit() and 1 <= int(wanted) <= MOST_THREADS):
+            raise InputError(
+                f"BITNET_EDU_THREADS must be a number from 1 to {MOST_THREADS}, not {wanted!r}: "
+                "set it so, or unset it"
+            )
+        return int(wanted)
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    limits = [MOST_THREADS, allowed or 1, psutil.cpu_count(logical=False) or MOST_THREADS]
-    try:  # a container's share of the machine: "quota period", or "max period" for no limit
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        limits.append(max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return min(limits)
+    limits = [DEFAULT_MOST, allowed or 1, psutil.cpu_count(logical=False) or DEFAULT_MOST]
+    return max(1, int(min(*limits, cpu_limit())))
 
 
 @functools.cache
@@ -48,16 +66,69 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="bitnet_edu")
 
 
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of the threads
+
+
 def run(function, args: tuple, threads: int) -> None:
     """Call function(*args, thread, counters) here and on `threads` - 1 helpers until all is done.
 
     `function` is compiled with nogil=True, takes its chunks by `take` and ends with `wait_for`.
+    An exception, Ctrl-C above all, leaves only when no helper is at work any more.
     """
-    counters = np.zeros(32, np.int64)  # new ones each time: a late helper finds its work done
-    helpers = [_pool().submit(function, *args, thread, counters) for thread in range(1, threads)]
-    function(*args, 0, counters)
-    for helper in helpers:
-        helper.cancel()
+    counters = np.zeros(64, np.int64)  # new ones each time: a late helper finds its work done
+    if threads > 1:
+        _compile(function, (*args, 0, counters))
+    try:
+        for thread in range(1, threads):
+            _submit(function, args, thread, counters)
+        function(*args, 0, counters)
+    except BaseException:
+        _withdraw(counters)
+        raise
+
+
+def _submit(function, args: tuple, thread: int, counters: np.ndarray) -> None:
+    # no thread may be to be had: then fewer do the same
+    with contextlib.suppress(RuntimeError):
+        _pool().submit(_help, function, args, thread, counters)
+
+
+def _help(function, args: tuple, thread: int, counters: np.ndarray) -> None:
+    if join_in(counters):
+        try:
+            function(*args, thread, counters)
+        finally:
+            leave(counters)
+
+
+def _withdraw(counters: np.ndarray) -> None:
+    while True:
+        try:
+            return withdraw(counters)
+        except BaseException:  # a second Ctrl-C: the first one travels, once the helpers are gone
+            continue
+
+
+def _compile(function, args: tuple) -> None:
+    """Compile what helpers will call: a compiler in several threads can't be interrupted."""
+    kind = function, *map(_kind, args)
+    if kind not in _compiled:
+        for part in (join_in, leave):
+            part(np.zeros(64, np.int64))
+        withdraw(np.zeros(64, np.int64))
+        function.compile(tuple(map(numba.typeof, args)))
+        _compiled.add(kind)
+
+
+def _kind(value: Any) -> Any:
+    """What Numba distinguishes of an argument, found in less time than Numba needs."""
+    if isinstance(value, np.ndarray):
+        return value.dtype, value.ndim, value.flags.c_contiguous, value.flags.num
+    return tuple(map(_kind, value)) if isinstance(value, tuple) else type(value)
+
+
+_compiled: set[tuple] = set()
 
 
 @intrinsic
@@ -66,7 +137,7 @@ def _fetch_add(typingctx, array, index, amount):
 
     def codegen(context, builder, signature, args):
         return builder.atomic_rmw(
-            "add", _pointer(context, builder, signature, args), args[2], "acq_rel"
+            "add", _pointer(context, builder, signature, args), args[2], "seq_cst"
         )
 
     return types.int64(array, types.int64, types.int64), codegen
@@ -142,3 +213,29 @@ def wait_for(counters, chunks):
         looks += 1
         if looks > LOOKS:
             _sleep()
+
+
+@cached_jit
+def join_in(counters):
+    """A helper begins; False if the tickets are withdrawn, and then it must not."""
+    _fetch_add(counters, HELPERS, 1)
+    if _fetch_add(counters, WITHDRAWN, 0) == 0:
+        return True
+    _fetch_add(counters, HELPERS, -1)
+    return False
+
+
+@cached_jit
+def leave(counters):
+    """A helper has ended."""
+    _fetch_add(counters, HELPERS, -1)
+
+
+@cached_jit
+def withdraw(counters):
+    """Let there be no more tickets and nothing to wait for; return when all helpers have ended."""
+    if _fetch_add(counters, WITHDRAWN, 1) == 0:
+        _fetch_add(counters, NEXT, NO_TICKET)
+        _fetch_add(counters, DONE, NO_TICKET)
+    while _fetch_add(counters, HELPERS, 0) > 0:
+        _sleep()

@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitnet_edu.errors import InputError
-from bitnet_edu.kernels.matmul import count_invalid, ternary_matmul
+from bitnet_edu.kernels.matmul import count_invalid, count_nonfinite, ternary_matmul
 from bitnet_edu.kernels.simd import KERNELS, MAX_COLUMNS, kernel_name, supported_kernels
 from bitnet_edu.packing import pack_hf
 
@@ -72,16 +73,64 @@ def test_runs_on_a_read_only_array_at_an_odd_address(kernel):
     np.testing.assert_array_equal(ternary_matmul(odd, q, kernel=kernel), exact(codes, q))
 
 
-def test_refuses_what_does_not_fit():
-    packed = np.zeros((2, 8), np.uint8)
-    with pytest.raises(InputError, match="do not fit"):
-        ternary_matmul(packed, np.zeros((1, 7), np.int8))
-    with pytest.raises(InputError, match=r"int32\[1, 8\]"):
-        ternary_matmul(packed, np.zeros((1, 8), np.int8), np.empty((1, 4), np.int32))
-    with pytest.raises(InputError, match="do not fit"):
-        ternary_matmul(
-            np.zeros((1, MAX_COLUMNS + 1), np.uint8), np.zeros((1, MAX_COLUMNS + 1), np.int8)
-        )
+PACKED, Q = np.full((64, 128), 0x96, np.uint8), np.ones((2, 128), np.int8)
+SUMS = np.empty((2, 256), np.int32)
+
+
+def read_only(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    ("packed", "q", "sums", "threads", "message"),
+    [
+        (PACKED, Q[:, :-1], None, None, r"activations must be int8\[any, 128\]"),
+        (PACKED, Q.astype(np.float32), None, None, "found float32"),
+        (PACKED, Q.tolist(), None, None, "found list"),
+        (PACKED, Q[0], None, None, "activations"),
+        (PACKED, Q[:0], None, None, r"found int8\[0, 128\]"),
+        (PACKED, np.asfortranarray(Q), None, None, "one piece"),
+        (PACKED.view(np.int8), Q, None, None, "packed weights must be uint8"),
+        (PACKED[:, ::2], Q[:, :64].copy(), None, None, "one piece"),
+        (PACKED[:0], Q, None, None, "packed weights"),
+        (PACKED[0], Q, None, None, "packed weights"),
+        (PACKED, Q, SUMS[:, :4], None, r"int32\[2, 256\]"),
+        (PACKED, Q, SUMS[:, ::-1], None, "one piece"),
+        (PACKED, Q, np.empty((2, 512), np.int32)[:, ::2], None, "one piece"),
+        (PACKED, Q, np.asfortranarray(SUMS), None, "one piece"),
+        (PACKED, Q, read_only(SUMS), None, "read-only"),
+        (PACKED, Q, SUMS.astype(np.int64), None, "sums must be int32"),
+        (PACKED, Q, SUMS.view(np.float32), None, "sums must be int32"),
+        (PACKED, PACKED[:2].view(np.int8), PACKED.reshape(-1)[:2048].view(np.int32).reshape(2, 256),
+         None, "must not lie in the memory"),
+        (PACKED, Q, None, 0, "threads must be 1"),
+        (PACKED, Q, None, -1, "threads must be 1"),
+        (PACKED, Q, None, 10**6, "threads must be 1"),
+        (PACKED, Q, None, 1.0, "whole number"),
+        (PACKED, Q, None, True, "whole number"),
+        (np.zeros((1, MAX_COLUMNS + 1), np.uint8), np.zeros((1, MAX_COLUMNS + 1), np.int8), None,
+         None, "exact up to"),
+    ],
+)  # fmt: skip
+def test_refuses_what_does_not_fit(packed, q, sums, threads, message):
+    with pytest.raises(InputError, match=message):
+        ternary_matmul(packed, q, sums, threads=threads)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_count_nonfinite_finds_each(dtype):
+    numbers = np.random.default_rng(0).standard_normal((7, 33)).astype(dtype)
+    numbers[0, 0] = np.finfo(np.float16).max  # the largest, or near it, is no infinity
+    assert count_nonfinite(numbers) == 0
+    for count, (place, value) in enumerate(
+        [((6, 32), np.nan), ((0, 1), np.inf), ((3, 3), -np.inf), ((3, 4), -np.nan)], 1
+    ):
+        numbers[place] = value
+        assert count_nonfinite(numbers) == count
+    with pytest.raises(InputError, match="floats"):
+        count_nonfinite(numbers.astype(np.float64))
 
 
 def test_a_kernel_that_the_cpu_lacks_is_refused(monkeypatch):
