@@ -301,10 +301,12 @@ class BitNet:
         kernel = kernel_index(settings.kernel)
         threads = min(settings.threads, 1 + tokens * self._bytes // WORTH_A_THREAD)
         stages = STAGES * self._shape.layers + 1 + (len(scores) > 0)
+        self._work = None  # not used again if an exception ends the work on it
         for begin, end in pairwise(range(stages + 1) if observe else (0, stages)):
             run(step, (*args, begin, end, kernel, threads), threads)
             if observe:
                 self._show(begin, cache, work, start, tokens, observe)
+        self._work = work
         if work.fault[0]:
             raise BitNetError(self._explain(*divmod(int(work.fault[0]) - 1, STAGES)))
         return work
