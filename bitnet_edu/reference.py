@@ -50,14 +50,19 @@ class BitNetReference:
         k = bit_linear_packed(x, layer.k_proj, "k_proj", see).reshape(heads)
         v = bit_linear_packed(x, layer.v_proj, "v_proj", see).reshape(heads)
         q, k = rope(q, positions, config.rope_theta), rope(k, positions, config.rope_theta)
+        for name, array in (("queries", q), ("keys", k), ("values", v)):
+            see(name, array)
         mixed = attention(q, k, v).reshape(len(x), -1)
+        see("attention", mixed)
         return bit_linear_packed(self.norm(mixed, layer.attn_sub_norm), layer.o_proj, "o_proj", see)
 
     def feed_forward_half(self, x: np.ndarray, layer: LayerWeights, see: Observer) -> np.ndarray:
         """Squared-ReLU gate times up-projection, normalised (SubLN), projected down."""
         gate = bit_linear_packed(x, layer.gate_proj, "gate_proj", see)
         up = bit_linear_packed(x, layer.up_proj, "up_proj", see)
-        inner = self.norm(squared_relu(gate) * up, layer.ffn_sub_norm)
+        inner = squared_relu(gate) * up
+        see("feed_forward", inner)
+        inner = self.norm(inner, layer.ffn_sub_norm)
         return bit_linear_packed(inner, layer.down_proj, "down_proj", see)
 
     def norm(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:

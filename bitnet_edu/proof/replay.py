@@ -57,8 +57,13 @@ class Row(NamedTuple):
     range: float
 
     @property
+    def share(self) -> float:
+        """The difference as a share of the range; NaN where either is."""
+        return self.max_difference / self.range if self.range else self.max_difference
+
+    @property
     def ok(self) -> bool:
-        return self.max_difference <= BOUND * self.range
+        return self.share <= BOUND
 
 
 @dataclass
@@ -71,14 +76,16 @@ class Comparison:
     weights_differ: list[str] = field(default_factory=list)  # matrices read differently
     flips: list[Flip] = field(default_factory=list)  # the first ones
     flip_count: int = 0
+    first_flip: int | None = None  # the token from which on flips may show
     unexplained: int = 0
     sums_differ: int = 0  # integer sums that are not bit-exact in the replay
+    missing: list[str] = field(default_factory=list)  # arrays that the program did not show
     rows: list[Row] = field(default_factory=list)  # of the replay, layer by layer; logits last
 
     @property
     def ok(self) -> bool:
-        exact = not (self.unexplained or self.sums_differ or self.weights_differ)
-        return exact and all(row.ok for row in self.rows)
+        wrong = self.unexplained or self.sums_differ or self.weights_differ or self.missing
+        return not wrong and all(row.ok for row in self.rows)
 
 
 def replay(
@@ -88,33 +95,41 @@ def replay(
     logits: np.ndarray,
     trace: Trace,
     plain: np.ndarray,
+    unseen: tuple[str, ...] = (),
 ) -> Comparison:
     """Run the reference on the program's int8 codes (`trace`), and note all that differs.
 
-    logits: the program's, plain: the reference's own, both float32[T, vocab].
+    logits: the program's, plain: the reference's own, both float32[T, vocab]. unseen: endings of
+    the names of arrays that this program has no way to show; any other that lacks is a fault.
     """
     found = Comparison(program)
     found.max_logit_difference = float(np.abs(plain - logits).max())
     found.argmax_agreement = agreement(plain, logits)
-    inputs: dict[str, np.ndarray] = {}
+    last: dict[str, np.ndarray] = {}  # the input of the product at hand, and its codes
 
     def see(name: str, array: np.ndarray) -> None:
         if name.endswith(".input"):
-            inputs["last"] = array
-        if name not in trace:
-            return
-        if name.endswith(".int8"):
-            _note_flips(found, name, array, trace[name], inputs["last"])
+            last["input"] = array
+        if name not in trace or trace[name].shape != array.shape:
+            if not name.endswith((".codes", ".input", *unseen)):
+                found.missing.append(name)
+        elif name.endswith(".int8"):
+            if name.split(".")[2] in READERS:
+                _note_flips(found, name, array, trace[name], last["input"])
+                last["codes"] = trace[name]
+            else:  # of the same input as the matrix before
+                found.unexplained += int((last["codes"] != trace[name]).sum())
             array[:] = trace[name]
         elif name.endswith(".codes"):
+            found.first_flip = 0
             array[:] = trace[name]
         elif name.endswith(".sums"):
             found.sums_differ += int((array != trace[name]).sum())
         else:
-            found.rows.append(_row(name, array, trace[name]))
+            found.rows.append(row(name, array, trace[name]))
 
     replayed = reference.logits(ids, see)
-    found.rows.append(_row("logits", replayed, logits))
+    found.rows.append(row("logits", replayed, logits))
     return found
 
 
@@ -122,7 +137,7 @@ def _note_flips(
     found: Comparison, name: str, ours: np.ndarray, theirs: np.ndarray, x: np.ndarray
 ) -> None:
     _, layer, matrix, _ = name.split(".")
-    if matrix not in READERS or np.array_equal(ours, theirs):
+    if np.array_equal(ours, theirs):
         return
     unrounded = x.astype(np.float64) / absmax_int8(x)[1]
     for token, channel in np.argwhere(ours != theirs):
@@ -131,12 +146,15 @@ def _note_flips(
         place = int(layer), READERS[matrix], int(token), int(channel)
         flip = Flip(found.program, *place, float(unrounded[at]), *codes)
         found.flip_count += 1
+        first = int(token) if found.first_flip is None else min(found.first_flip, int(token))
+        found.first_flip = first
         found.unexplained += not flip.explained
         if len(found.flips) < LISTED:
             found.flips.append(flip)
 
 
-def _row(name: str, ours: np.ndarray, theirs: np.ndarray) -> Row:
+def row(name: str, ours: np.ndarray, theirs: np.ndarray) -> Row:
+    """Compare an array of the replay with the program's."""
     return Row(name, float(np.abs(ours - theirs).max()), float(np.ptp(theirs)))
 
 

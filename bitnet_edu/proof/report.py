@@ -10,8 +10,10 @@ import numpy as np
 from bitnet_edu.errors import ContextLengthError, InputError
 from bitnet_edu.generate import BitNetLM, generate_ids
 from bitnet_edu.load import load
-from bitnet_edu.proof.replay import BOUND, Comparison, Trace, agreement, replay
+from bitnet_edu.proof.engine import Path, long_attention, other_paths, trace_engine
+from bitnet_edu.proof.replay import BOUND, Comparison, Row, agreement, replay
 from bitnet_edu.proof.transformers import (
+    UNSEEN,
     compare_weights,
     greedy_choices,
     load_transformers,
@@ -39,28 +41,36 @@ QUESTIONS = (
 
 @dataclass
 class Report:
-    """What `verify` found. `ok` is strict: see the module's text."""
+    """What `verify` found. `ok` is strict: see `as_json` for what each part holds."""
 
     tokens: int  # generated greedily, after the prompt
     prompt_tokens: int
     engine: Comparison
     transformers: Comparison
+    paths: list[Path]  # other ways through the engine, equal to the bit
+    long_rows: list[Row]  # rotation and attention over many positions
     max_logit_difference: float  # between engine and transformers
+    early_logit_difference: float  # the same, over the tokens before the first flip
     logit_range: float
     argmax_agreement: float  # share of positions where these two prefer the same token
-    greedy_equal: bool  # all three generate the same tokens
-    greedy_explained: bool  # or part where two tokens are equally good but for the flips
+    greedy_chosen: bool  # the engine generated what its own logits prefer
+    greedy_equal: bool  # and so would the other two
+    greedy_explained: bool  # or they part behind a flip, where the two tokens are as good
 
     @property
     def rounding_flips(self) -> int:
         return self.engine.flip_count + self.transformers.flip_count
 
     @property
+    def paths_equal(self) -> bool:
+        return not any(path.differ for path in self.paths)
+
+    @property
     def ok(self) -> bool:
-        close = self.max_logit_difference <= BOUND * self.logit_range
-        greedy = self.greedy_equal or (self.rounding_flips > 0 and self.greedy_explained)
-        parts = self.engine.ok and self.transformers.ok and greedy
-        return bool(parts and (close or self.rounding_flips > 0))
+        greedy = self.greedy_chosen and (self.greedy_equal or self.greedy_explained)
+        parts = self.engine.ok and self.transformers.ok and self.paths_equal
+        close = self.early_logit_difference <= BOUND * self.logit_range
+        return bool(parts and greedy and close and all(row.ok for row in self.long_rows))
 
     def as_json(self) -> dict[str, Any]:
         def part(comparison: Comparison) -> dict[str, Any]:
@@ -73,6 +83,7 @@ class Report:
                 "rounding_flips": comparison.flip_count,
                 "unexplained": comparison.unexplained,
                 "sums_differ": comparison.sums_differ,
+                "missing": comparison.missing,
                 "layers": [row._asdict() for row in comparison.rows],
             }
 
@@ -87,6 +98,9 @@ class Report:
             "argmax_agreement": self.argmax_agreement,
             "greedy_equal": self.greedy_equal,
             "rounding_flips": self.rounding_flips,
+            "paths_equal": self.paths_equal,
+            "paths": [path._asdict() for path in self.paths],
+            "long_text": [row._asdict() for row in self.long_rows],
             "flips": [flip._asdict() | {"explained": flip.explained} for flip in flips],
             "engine": part(self.engine),
             "transformers": part(self.transformers),
@@ -116,29 +130,59 @@ def compare(
     plain = reference.logits(ids)
 
     engine_logits, trace = trace_engine(model, ids)
+    paths = other_paths(model, ids, made, engine_logits, trace)
     engine = replay(reference, ids, "engine", engine_logits, trace, plain)
     their_logits, trace = trace_transformers(theirs, ids)
     differ = compare_weights(theirs, model.weights, trace)
-    transformers = replay(reference, ids, "transformers", their_logits, trace, plain)
+    transformers = replay(reference, ids, "transformers", their_logits, trace, plain, UNSEEN)
     transformers.weights_differ = differ
 
-    # the three generate the same text if, after every prefix of it, they choose the same token
+    difference = np.abs(engine_logits - their_logits).max(axis=-1)
+    flips = [part.first_flip for part in (engine, transformers) if part.first_flip is not None]
+    first_flip = min(flips, default=len(ids))
     before = np.array(made) - 1
-    chosen, rows = np.array(conversation)[before + 1], engine_logits[before]
+    chosen = np.array(conversation)[before + 1]
     others = np.array([plain[before].argmax(axis=-1), greedy_choices(theirs, conversation, made)])
-    lead = rows[np.arange(tokens), chosen] - rows[np.arange(tokens), others]
-    difference = float(np.abs(engine_logits - their_logits).max())
+    difference_to = [np.abs(engine_logits - plain).max(axis=-1)[before], difference[before]]
     return Report(
         tokens=tokens,
         prompt_tokens=len(conversation) - tokens,
         engine=engine,
         transformers=transformers,
-        max_logit_difference=difference,
+        paths=paths,
+        long_rows=long_attention(model),
+        max_logit_difference=float(difference.max()),
+        early_logit_difference=float(difference[:first_flip].max(initial=0)),
         logit_range=float(np.ptp(their_logits)),
         argmax_agreement=agreement(engine_logits, their_logits),
+        greedy_chosen=bool((engine_logits[before].argmax(axis=-1) == chosen).all()),
         greedy_equal=bool((others == chosen).all()),
-        greedy_explained=bool(lead.max() <= 2 * difference),
+        greedy_explained=_explained(
+            engine_logits[before], chosen, others, difference_to, before >= first_flip
+        ),
     )
+
+
+def _explained(
+    rows: np.ndarray,
+    chosen: np.ndarray,
+    others: np.ndarray,
+    difference: Sequence[np.ndarray],
+    after_flip: np.ndarray,
+) -> bool:
+    """Whether flips account for every place where another program prefers another token.
+
+    There must be one before it, and of the two tokens the engine's own must lead, by no more than
+    two logits together differ between the programs at that place. rows: float32[tokens, vocab], the
+    engine's logits; others: int[programs, tokens].
+    """
+    places = np.arange(len(chosen))
+    for other, most in zip(others, difference, strict=True):
+        lead = rows[places, chosen] - rows[places, other]
+        fine = (other == chosen) | (after_flip & (lead >= 0) & (lead <= 2 * most))
+        if not fine.all():
+            return False
+    return True
 
 
 def converse(
@@ -169,18 +213,6 @@ def converse(
     return ids, made
 
 
-def trace_engine(model: BitNetLM, ids: np.ndarray) -> tuple[np.ndarray, Trace]:
-    """The engine's logits, float32[T, vocab], and what lies between its stages."""
-    parts: dict[str, list[np.ndarray]] = {}
-
-    def see(name: str, array: np.ndarray) -> None:
-        if not name.endswith(".input"):
-            parts.setdefault(name, []).append(array.copy())
-
-    logits = model.logits(ids, see)
-    return logits, {name: np.concatenate(tiles) for name, tiles in parts.items()}
-
-
 def render(report: Report, layers: bool = False) -> "Group":
     """The report as tables for a terminal or a notebook (rich)."""
     from rich.console import Group
@@ -200,11 +232,16 @@ def render(report: Report, layers: bool = False) -> "Group":
     for part in (report.engine, report.transformers):
         name = f"{part.program} - reference"
         add(name, "logits", part.max_logit_difference, size, not part.flip_count)
-        rows = part.rows if layers else part.rows[-1:] if part.flip_count else []
+        last = part.rows[-1:] if part.flip_count else []
+        rows = part.rows if layers else [r for r in part.rows[:-1] if not r.ok] + last
         for row in rows:
             add(f"{name}, replayed", row.name, row.max_difference, row.range)
+    for row in report.long_rows if layers else [r for r in report.long_rows if not r.ok]:
+        add("engine - layers", row.name, row.max_difference, row.range)
     positions = report.prompt_tokens + report.tokens - 1
     lines = [
+        f"{len(report.paths)} ways through the engine (prefill, decode, truncate, threads): "
+        + ("the same to the bit" if report.paths_equal else "[bold red]not the same[/]"),
         f"{positions} positions; engine and transformers prefer the same token in "
         f"{report.argmax_agreement:.1%} of them",
         f"{report.tokens} greedy tokens: "
@@ -217,6 +254,12 @@ def render(report: Report, layers: bool = False) -> "Group":
             f"channel {flip.channel}: {flip.unrounded:.6f} -> {flip.reference} in the reference, "
             f"{flip.other} there" + ("" if flip.explained else " [bold red](not explained)[/]")
         )
+    for path in report.paths:
+        if path.differ:
+            places = "; ".join(path.differ[:3])
+            lines.append(f"[bold red]{path.name}: {len(path.differ)} differences ({places})[/]")
+    if not report.greedy_chosen:
+        lines.append("[bold red]the engine generated tokens that its own logits don't prefer[/]")
     for part in (report.engine, report.transformers):
         if part.flip_count > len(part.flips):
             lines.append(f"  ... and {part.flip_count - len(part.flips)} more of {part.program}")
@@ -224,6 +267,8 @@ def render(report: Report, layers: bool = False) -> "Group":
             lines.append(f"[bold red]{part.program}: {part.unexplained} codes differ for real[/]")
         if part.sums_differ:
             lines.append(f"[bold red]{part.program}: {part.sums_differ} integer sums differ[/]")
+        if part.missing:
+            lines.append(f"[bold red]{part.program} does not show {', '.join(part.missing[:5])}[/]")
         if part.weights_differ:
             names = ", ".join(part.weights_differ[:5])
             lines.append(f"[bold red]{len(part.weights_differ)} matrices differ: {names}[/]")

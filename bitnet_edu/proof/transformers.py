@@ -18,6 +18,10 @@ from bitnet_edu.proof.replay import BOUND, Trace
 from bitnet_edu.system import peak_memory
 from bitnet_edu.weights import Weights
 
+# what the two SubLNs normalize, under the reference's names
+INNER = {"self_attn.attn_sub_norm": "attention", "mlp.ffn_sub_norm": "feed_forward"}
+UNSEEN = (".sums", ".queries", ".keys", ".values")  # no module of theirs has them as its output
+
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
@@ -124,6 +128,9 @@ def trace_transformers(model: "BitNetForCausalLM", ids: np.ndarray) -> tuple[np.
         middle, after = keep_input(f"{prefix}after_attention"), f"{prefix}after_feed_forward"
         hooks.append(layer.post_attention_layernorm.register_forward_pre_hook(middle))
         hooks.append(layer.register_forward_hook(keep_output(after)))
+        for path, name in INNER.items():
+            inner = keep_input(f"{prefix}{name}")
+            hooks.append(layer.get_submodule(path).register_forward_pre_hook(inner))
         for name, path in MATRICES.items():
             codes = keep_codes(f"{prefix}{name}.int8")
             hooks.append(layer.get_submodule(path).register_forward_pre_hook(codes))
