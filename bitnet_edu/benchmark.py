@@ -20,7 +20,8 @@ import bitnet_edu
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
 from bitnet_edu.generate import BitNetLM
 from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit, pointer
-from bitnet_edu.kernels.threads import finish, run, take, wait_for
+from bitnet_edu.kernels.border import address, checked_whole
+from bitnet_edu.kernels.threads import checked_threads, finish, run, take, wait_for
 from bitnet_edu.model import KVCache
 from bitnet_edu.proof.transformers import serve_timings
 from bitnet_edu.system import cpu_name, peak_memory
@@ -64,8 +65,12 @@ def benchmark(
         raise InputError(f"there is no shape {shape!r}, or no engine {against!r}, to measure")
     if cache_dtype not in ("float32", "float16"):
         raise InputError(f"a KV cache is float32 or float16, not {cache_dtype}")
-    if min(repeats, threads or 1, prompt_tokens, *contexts) < 1 or threads == 0:
-        raise InputError("repeats, threads, contexts and prompt_tokens must be at least 1")
+    for what, value in {"repeats": repeats, "prompt_tokens": prompt_tokens}.items():
+        checked_whole(value, 1, 10**6, what)
+    for context in contexts:
+        checked_whole(context, 1, 2**31, "a context")
+    if threads is not None:
+        checked_threads(threads)
     busy = psutil.cpu_percent(0.5)
     with tempfile.TemporaryDirectory(prefix="bitnet-edu-") as folder:
         if shape and against:
@@ -73,7 +78,7 @@ def benchmark(
         progress("loading")
         model, load_seconds = _load(source, shape, ternarize)
         model.threads = threads or model.threads
-        if screen:
+        if screen is not None:
             model.screen_head(screen)
         other = _Other(source, model.threads) if against else None
         try:
@@ -236,7 +241,7 @@ def _parts(model: BitNetLM, cache: KVCache, context: int) -> dict[str, float]:
 def read_bandwidth(model: BitNetLM) -> float:
     """Bytes a second at which the model's threads read all its weights and do nothing else."""
     arrays = model.arrays_of_a_token
-    addresses = np.array([a.ctypes.data for a in arrays])
+    addresses = np.array([address(a, a.dtype.type, a.shape, "weights") for a in arrays])
     sizes = np.array([a.nbytes for a in arrays])
     sums = np.zeros(int(sum(-(-size // READ_CHUNK) for size in sizes)), np.int32)
     rates = []

@@ -1,5 +1,6 @@
 """Is this machine ready for the book or a workshop? One finding for each thing to look at."""
 
+import platform
 import sys
 import threading
 import time
@@ -8,6 +9,8 @@ import urllib.request
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from bitnet_edu.errors import BitNetError
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -35,6 +38,8 @@ def examine() -> list[Finding]:
     for check in (python, processor, memory, disk, packages, kernels, model, microsoft, network):
         try:
             findings += check()
+        except BitNetError as error:
+            findings.append(Finding(check.__name__, BAD, str(error)))
         except Exception as error:
             found = " ".join(f"{type(error).__name__}: {error}".split())
             findings.append(Finding(check.__name__, BAD, found, "this should work: report it"))
@@ -54,7 +59,9 @@ def processor() -> list[Finding]:
     m = machine()
     threads = f"{m.cores} cores, {m.logical_cores} logical; the engine uses {m.threads} threads"
     features = f"{m.kernel} ({', '.join(m.features) or 'no SIMD that matters here'})"
-    advice = "" if m.kernel != "portable" else "right, but slower than with AVX2 or AVX-512"
+    arm = platform.machine() in ("aarch64", "arm64")
+    faster = "with the dot product of newer Arm processors" if arm else "with AVX2 or AVX-512"
+    advice = "" if m.kernel != "portable" else f"right, but slower than {faster}"
     return [
         Finding("processor", GOOD, m.cpu),
         Finding("threads", GOOD, threads),

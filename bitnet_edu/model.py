@@ -19,7 +19,7 @@ from bitnet_edu.container import memory_limit
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
 from bitnet_edu.kernels.attention import PAD, SPAN, STRETCH, TILE
 from bitnet_edu.kernels.bits import has_float16
-from bitnet_edu.kernels.border import address, aligned_zeros, checked
+from bitnet_edu.kernels.border import address, aligned_zeros, checked, checked_whole
 from bitnet_edu.kernels.head import Screen
 from bitnet_edu.kernels.simd import MAX_COLUMNS, NO_KERNEL, kernel_index, kernel_name
 from bitnet_edu.kernels.step import (
@@ -66,7 +66,7 @@ class Settings:
         kernel_index(self.kernel)
         _checked_cache_dtype(self.cache_dtype)
         if self.screen is not None:
-            _require_whole(self.screen, 1, 2**31, "screen, the number of exact logits,")
+            checked_whole(self.screen, 1, 2**31, "screen, the number of exact logits,")
 
 
 class KVCache:
@@ -78,7 +78,7 @@ class KVCache:
     """
 
     def __init__(self, config: BitNetConfig, max_len: int, dtype: type = np.float32):
-        _require_whole(max_len, None, None, "max_len")
+        checked_whole(max_len, -(2**63), 2**63, "max_len")
         if not 1 <= max_len <= config.max_position_embeddings:
             raise ContextLengthError(
                 f"a cache of {max_len} tokens was asked for, but this model's context is 1 to "
@@ -119,10 +119,7 @@ class KVCache:
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` tokens."""
-        _require_whole(length, None, None, "length")
-        if not 0 <= length <= self.length:
-            raise InputError(f"cannot keep {length} tokens of a cache that holds {self.length}")
-        self.length = int(length)
+        self.length = checked_whole(length, 0, self.length, "the number of tokens to keep")
 
 
 class BitNet:
@@ -169,7 +166,7 @@ class BitNet:
             raise InputError(f"settings must be made by model.Settings, not {settings!r}")
         screen = self._screen
         if settings.screen is not None:
-            _require_whole(settings.screen, 1, self.config.vocab_size, "top_k")
+            checked_whole(settings.screen, 1, self.config.vocab_size, "top_k")
             screen = screen or Screen(self._head)
         with self._lock:
             self._settings, self._screen = settings, screen
@@ -202,7 +199,7 @@ class BitNet:
         from up to `top_k` words, do not change; the other logits are a little off. Costs
         one byte for each number of the head, and a second or two.
         """
-        _require_whole(top_k, 1, self.config.vocab_size, "top_k")
+        checked_whole(top_k, 1, self.config.vocab_size, "top_k")
         self.settings = replace(self._settings, screen=top_k)
 
     def logits(self, ids: np.ndarray, observe: Observer | None = None) -> np.ndarray:
@@ -342,7 +339,7 @@ class BitNet:
 
         What it computes is lost. For `benchmark`, which looks at what each part costs.
         """
-        _require_whole(context, 0, cache.max_len - 1, "context")
+        checked_whole(context, 0, cache.max_len - 1, "context")
         with self._lock:
             self._require_room(cache, 0)
             threads, work = self._settings.threads, self._work_for(self._settings.threads)
@@ -465,13 +462,6 @@ def _tiles(start: int, tokens: int) -> Iterator[tuple[int, int]]:
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-def _require_whole(value: int, least: int | None, most: int | None, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise InputError(f"{what} must be a whole number, not {value!r}")
-    if least is not None and not least <= value <= most:
-        raise InputError(f"{what} must be {least} to {most}, not {value}")
 
 
 def _checked_cache_dtype(dtype: type) -> np.dtype:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import llvmlite.binding as llvm
 import psutil
 
+from bitnet_edu.container import memory_available, memory_limit
+from bitnet_edu.kernels.bits import cpu_features
 from bitnet_edu.kernels.simd import kernel_name, supported_kernels
 from bitnet_edu.kernels.threads import default_threads
 
@@ -54,12 +56,11 @@ class Machine(NamedTuple):
 
 def machine() -> Machine:
     """Describe this machine and the software on it."""
-    found = llvm.get_host_cpu_features()
     return Machine(
         system=f"{platform.system()} {platform.release()} ({platform.machine()})",
         python=platform.python_version(),
         cpu=cpu_name(),
-        features=tuple(name for name in FEATURES if found.get(name)),
+        features=tuple(name for name in FEATURES if name in cpu_features()),
         cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
         logical_cores=psutil.cpu_count() or 1,
         threads=default_threads(),
@@ -81,9 +82,9 @@ def cpu_name() -> str:
 
 
 def memory() -> Memory:
-    """Memory of the machine and of this process, now."""
-    info, process = psutil.virtual_memory(), psutil.Process().memory_info()
-    return Memory(info.total, info.available, process.rss, peak_memory())
+    """Memory of the machine, or of the container, and of this process, now."""
+    process = psutil.Process().memory_info()
+    return Memory(memory_limit(), memory_available(), process.rss, peak_memory())
 
 
 def peak_memory() -> int:

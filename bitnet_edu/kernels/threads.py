@@ -28,6 +28,7 @@ from numba.extending import intrinsic
 from bitnet_edu.container import cpu_limit
 from bitnet_edu.errors import InputError
 from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit
+from bitnet_edu.kernels.border import checked_whole
 
 MOST_THREADS = 256
 DEFAULT_MOST = 16  # memory, not arithmetic, is the limit long before
@@ -40,11 +41,7 @@ LOOKS = 200_000  # 50 microseconds or more, longer than any chunk should take
 
 def checked_threads(threads: int) -> int:
     """`threads` itself, if that many can work. InputError for anything but 1 to MOST_THREADS."""
-    if isinstance(threads, bool) or not isinstance(threads, int | np.integer):
-        raise InputError(f"threads must be a whole number, not {threads!r}")
-    if not 1 <= threads <= MOST_THREADS:
-        raise InputError(f"threads must be 1 to {MOST_THREADS}, not {threads}")
-    return int(threads)
+    return checked_whole(threads, 1, MOST_THREADS, "threads")
 
 
 def default_threads() -> int:

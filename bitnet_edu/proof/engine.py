@@ -58,6 +58,8 @@ def other_paths(
     paths.append(_walk("as generated, observed", model, ids, cuts, cache, logits, trace))
     try:
         for kept, threads in ((len(ids) // 3, 1), (len(ids) // 2, 2), (0, 3)):
+            if len(ids) - kept < 2:
+                continue
             model.settings = replace(settings, threads=threads)
             name = f"after truncate({kept}), {threads} thread{'s' * (threads > 1)}"
             cache.truncate(kept)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitnet_edu.errors import InputError
 from bitnet_edu.kernels import ladder
 from bitnet_edu.kernels.ladder import RUNGS
 
@@ -162,3 +163,35 @@ def test_weight_bytes_are_what_was_prepared(rung, shape):
 def test_dense_counts_one_multiplication_and_one_addition_a_weight():
     codes = np.ones((8, 20), np.int8)
     assert RUNGS[0].count(codes)[:4] == RUNGS[1].count(codes)[:4] == (160, 160, 0, 0)
+
+
+def wrong_inputs(rung):
+    """Named ways to call a compiled rung with what does not fit; NumPy and lists check themselves."""
+    codes, q = np.ones((16, 40), np.int8), np.ones(40, np.int8)
+    weights = rung.prepare(codes)
+    yield "q too short", weights, q[:4]
+    yield "q too long", weights, np.ones(10**6, np.int8)
+    yield "q empty", weights, q[:0]
+    yield "q of floats", weights, q.astype(np.float32)
+    yield "q a list", weights, q.tolist()
+    yield "q a matrix", weights, q[None]
+    yield "q strided", weights, np.ones(80, np.int8)[::2]
+    yield "weights of another type", weights.astype(np.int32), q
+    yield "weights strided", np.repeat(weights, 2, axis=-1)[..., ::2], q
+    yield "weights without a row", weights[..., :0], q
+    yield "weights as a list", weights.tolist(), q
+    if rung.name in ("lookup table", "base 3"):
+        yield "an index beyond the table", np.full_like(weights, 0xFF), q
+
+
+@pytest.mark.parametrize("rung", RUNGS[2:], ids=lambda rung: rung.name)
+def test_compiled_rungs_refuse_what_does_not_fit(rung):
+    for name, weights, q in wrong_inputs(rung):
+        with pytest.raises(InputError):
+            rung.function(weights, q)
+            pytest.fail(f"{rung.name} takes {name}")
+
+
+def test_partial_sums_need_room():
+    with pytest.raises(ValueError, match="too short"):
+        ladder.partial_sums(np.ones(2, np.int8), np.zeros(8, np.int16))

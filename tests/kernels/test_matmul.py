@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bitnet_edu
 from bitnet_edu.errors import InputError
 from bitnet_edu.kernels.matmul import count_invalid, count_nonfinite, ternary_matmul
 from bitnet_edu.kernels.simd import KERNELS, MAX_COLUMNS, kernel_name, supported_kernels
@@ -160,3 +162,11 @@ def test_count_invalid_finds_every_pair_of_ones(data):
     packed = np.frombuffer(data, np.uint8).reshape(1, -1)
     expected = sum(any(byte >> shift & 3 == 3 for shift in (0, 2, 4, 6)) for byte in data)
     assert count_invalid(packed) == expected
+
+
+def test_addresses_are_taken_at_the_border_alone():
+    """Everywhere else in the package, Python does not ask an array where it lies."""
+    package = Path(bitnet_edu.__file__).parent
+    for file in package.rglob("*.py"):
+        if file.name not in ("border.py", "bits.py"):  # bits.py: `at`, for compiled code
+            assert ".ctypes" not in file.read_text(encoding="utf-8"), file
