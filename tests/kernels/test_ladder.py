@@ -166,7 +166,7 @@ def test_dense_counts_one_multiplication_and_one_addition_a_weight():
 
 
 def wrong_inputs(rung):
-    """Named ways to call a compiled rung with what does not fit; NumPy and lists check themselves."""
+    """Ways to call a compiled rung with what does not fit; NumPy and lists check themselves."""
     codes, q = np.ones((16, 40), np.int8), np.ones(40, np.int8)
     weights = rung.prepare(codes)
     yield "q too short", weights, q[:4]
@@ -184,12 +184,17 @@ def wrong_inputs(rung):
         yield "an index beyond the table", np.full_like(weights, 0xFF), q
 
 
-@pytest.mark.parametrize("rung", RUNGS[2:], ids=lambda rung: rung.name)
-def test_compiled_rungs_refuse_what_does_not_fit(rung):
-    for name, weights, q in wrong_inputs(rung):
-        with pytest.raises(InputError):
-            rung.function(weights, q)
-            pytest.fail(f"{rung.name} takes {name}")
+WRONG = [(rung, *case) for rung in RUNGS[2:] for case in wrong_inputs(rung)]
+
+
+@pytest.mark.parametrize(
+    ("rung", "weights", "q"),
+    [(rung, weights, q) for rung, _, weights, q in WRONG],
+    ids=[f"{rung.name}: {name}" for rung, name, *_ in WRONG],
+)
+def test_compiled_rungs_refuse_what_does_not_fit(rung, weights, q):
+    with pytest.raises(InputError):
+        rung.function(weights, q)
 
 
 def test_partial_sums_need_room():
