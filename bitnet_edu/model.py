@@ -78,7 +78,7 @@ class KVCache:
     """
 
     def __init__(self, config: BitNetConfig, max_len: int, dtype: type = np.float32):
-        checked_whole(max_len, -(2**63), 2**63, "max_len")
+        max_len = checked_whole(max_len, -(2**63), 2**63, "max_len")
         if not 1 <= max_len <= config.max_position_embeddings:
             raise ContextLengthError(
                 f"a cache of {max_len} tokens was asked for, but this model's context is 1 to "
@@ -86,9 +86,8 @@ class KVCache:
             )
         self.config = config
         self.dtype = _checked_cache_dtype(dtype)
-        self.max_len = int(max_len)
         self.length = 0
-        rows, numbers = _round_up(self.max_len, TILE), _round_up(config.head_dim, PAD)
+        rows, numbers = _round_up(max_len, TILE), _round_up(config.head_dim, PAD)
         shape = config.num_hidden_layers, config.num_key_value_heads, rows, numbers
         size = 2 * int(np.prod(shape, dtype=object)) * self.dtype.itemsize
         size += 4 * rows * config.head_dim  # the rotations
@@ -96,7 +95,7 @@ class KVCache:
         try:
             if size > memory_limit():
                 raise MemoryError
-            positions = np.arange(self.max_len, dtype=np.float32)[:, None]
+            positions = np.arange(max_len, dtype=np.float32)[:, None]
             angles = positions * rope_frequencies(config.head_dim, config.rope_theta)
             keys, values = aligned_zeros(shape, stored), aligned_zeros(shape, stored)
             self._arrays = Cache(keys, values, np.cos(angles), np.sin(angles))
@@ -105,6 +104,10 @@ class KVCache:
                 f"a KV cache of {max_len} tokens takes {size / 1e9:.1f} GB, more than there is "
                 "memory: ask for a smaller max_len"
             ) from None
+
+    @property
+    def max_len(self) -> int:
+        return len(self._arrays.cos)
 
     @property
     def keys(self) -> np.ndarray:
@@ -274,6 +277,7 @@ class BitNet:
     def _require_room(self, cache: KVCache, tokens: int) -> None:
         if not isinstance(cache, KVCache) or cache.config != self.config:
             raise InputError("this KV cache was made for another model: make one with new_cache")
+        checked_whole(cache.length, 0, cache.max_len, "the length of a KV cache")
         if cache.length + tokens > cache.max_len:
             raise ContextLengthError(
                 f"{tokens} tokens do not fit after {cache.length} in a context of "

@@ -203,6 +203,15 @@ def test_truncate_forgets():
             cache.truncate(length)
 
 
+@pytest.mark.parametrize("length", [-1, 21, 10**9, 1.0, "3", None])
+def test_a_length_that_a_cache_cannot_have(length):
+    model = model_of(config())
+    cache = model.new_cache(20)
+    cache.length = length
+    with pytest.raises(InputError, match="length of a KV cache"):
+        model.forward([1], cache)
+
+
 def test_a_copied_cache_is_a_cache_of_its_own():
     model = model_of(config())
     cache = model.new_cache(64)
