@@ -41,6 +41,7 @@ from bitnet_edu.weights import BitNetConfig, Weights
 
 BATCH = 256  # prompt tokens that go through the layers together
 SLOTS = 4 * BATCH  # of attention: a token in each span of positions that it looks back at
+LONG = 2**31  # bytes of weights times tokens from which on Ctrl-C can't wait for the end
 WORTH_A_THREAD = 2**21  # bytes of weights times tokens: for less, waking another is not worth it
 HEAD_DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 INNER = {"o_proj": "attention", "down_proj": "feed_forward"}  # what the two SubLNs normalize
@@ -300,11 +301,12 @@ class BitNet:
         work.fault[0] = 0
         args = self._shape, table, cache._arrays, work, scores, start, tokens
         kernel = kernel_index(settings.kernel)
-        threads = min(settings.threads, 1 + tokens * self._bytes // WORTH_A_THREAD)
+        size = tokens * self._bytes
+        threads, long = min(settings.threads, 1 + size // WORTH_A_THREAD), size > LONG
         stages = STAGES * self._shape.layers + 1 + (len(scores) > 0)
         self._work = None  # not used again if an exception ends the work on it
         for begin, end in pairwise(range(stages + 1) if observe else (0, stages)):
-            run(step, (*args, begin, end, kernel, threads), threads)
+            run(step, (*args, begin, end, kernel, threads), threads, long=long)
             if observe:
                 self._show(begin, cache, work, start, tokens, observe)
         self._work = work

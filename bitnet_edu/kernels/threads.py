@@ -14,7 +14,7 @@ it is left: when Ctrl-C strikes, the tickets are withdrawn and the helpers waite
 import contextlib
 import functools
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numba
@@ -67,28 +67,35 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of the threads
 
 
-def run(function, args: tuple, threads: int) -> None:
+def run(function, args: tuple, threads: int, *, long: bool = False) -> None:
     """Call function(*args, thread, counters) here and on `threads` - 1 helpers until all is done.
 
     `function` is compiled with nogil=True, takes its chunks by `take` and ends with `wait_for`.
-    An exception, Ctrl-C above all, leaves only when no helper is at work any more.
+    An exception, Ctrl-C above all, leaves only when no helper is at work any more. long: it may
+    take seconds, so this thread hands its part to a helper too, and waits where Ctrl-C is heard.
     """
     counters = np.zeros(64, np.int64)  # new ones each time: a late helper finds its work done
-    if threads > 1:
+    if threads > 1 or long:
         _compile(function, (*args, 0, counters))
     try:
+        mine = _submit(function, args, 0, counters) if long else None
         for thread in range(1, threads):
             _submit(function, args, thread, counters)
-        function(*args, 0, counters)
+        if mine is None:
+            function(*args, 0, counters)
+        else:
+            while not wait([mine], 0.05).done:  # waiting without end hears nothing on Windows
+                pass
+            mine.result()
     except BaseException:
         _withdraw(counters)
         raise
 
 
-def _submit(function, args: tuple, thread: int, counters: np.ndarray) -> None:
+def _submit(function, args: tuple, thread: int, counters: np.ndarray) -> Future | None:
     # no thread may be to be had: then fewer do the same
     with contextlib.suppress(RuntimeError):
-        _pool().submit(_help, function, args, thread, counters)
+        return _pool().submit(_help, function, args, thread, counters)
 
 
 def _help(function, args: tuple, thread: int, counters: np.ndarray) -> None:

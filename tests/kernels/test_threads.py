@@ -1,5 +1,6 @@
 """Helpers never outlive the call they help, whatever ends it."""
 
+import _thread
 import multiprocessing
 import os
 import signal
@@ -19,22 +20,42 @@ from bitnet_edu.kernels.threads import HELPERS, finish, run, take, wait_for
 
 @cached_jit
 def fill(memory, chunks, patience, thread, counters):
-    """Count `patience` up in every chunk, so that it takes a while; note who was where."""
+    """Add 1 in every chunk, once `patience` random numbers are drawn, so that it takes a while."""
     chunk = take(counters)
     while chunk < chunks:
-        for _ in range(patience):
-            memory[chunk] += 1
+        number = np.uint64(chunk + 1)
+        for _ in range(patience):  # xorshift, which no compiler can shorten, and never 0
+            number ^= number << np.uint64(13)
+            number ^= number >> np.uint64(7)
+            number ^= number << np.uint64(17)
+        memory[chunk] += number != 0
         finish(counters)
         chunk = take(counters)
     wait_for(counters, chunks)
 
 
+@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("number", [1, 2, 7])
-def test_all_chunks_are_done_once(number):
+def test_all_chunks_are_done_once(number, long):
     memory = np.zeros(500, np.int64)
     for _ in range(20):
-        run(fill, (memory, len(memory), 100), number)
-    assert (memory == 2000).all()
+        run(fill, (memory, len(memory), 100), number, long=long)
+    assert (memory == 20).all()
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_ctrl_c_is_heard_in_the_middle_of_long_work(number):
+    """At the next chunk: a hundredth of what would take minutes."""
+    run(fill, (np.zeros(1, np.int64), 1, 1), number, long=True)  # compiled
+    memory, patience = np.zeros(10**5, np.int64), 10**6
+    timer = threading.Timer(0.3, _thread.interrupt_main)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        run(fill, (memory, len(memory), patience), number, long=True)
+    assert 0 < np.count_nonzero(memory) < len(memory)
+    before = memory.copy()
+    time.sleep(0.05)
+    np.testing.assert_array_equal(memory, before)
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, "function"])
@@ -57,7 +78,7 @@ def test_no_helper_works_on_after_an_interrupt(monkeypatch, after):
     monkeypatch.setattr(threads, "_submit", interrupted)
     for _ in range(10):
         with pytest.raises(KeyboardInterrupt):
-            run(function, (memory, len(memory), 10**6), 5)
+            run(function, (memory, len(memory), 10**5), 5)
         assert seen[-1][HELPERS] == 0
         before = memory.copy()
         time.sleep(0.01)
@@ -99,7 +120,7 @@ def test_without_another_thread_one_does_it_all(monkeypatch):
     monkeypatch.setattr(threads, "_pool", NoThreads)
     memory = np.zeros(50, np.int64)
     run(fill, (memory, 50, 3), 4)
-    assert (memory == 3).all()
+    assert (memory == 1).all()
 
 
 INTERRUPTED = """
