@@ -117,6 +117,78 @@ def test_the_introductions_map_is_the_table_of_contents() -> None:
     assert mapped == [name for name in chapters() if name.startswith("notebooks/")]
 
 
+CHAPTERS = {int(path.stem[:2]): path.stem for path in NOTEBOOKS if not path.stem.startswith("99")}
+MENTION = re.compile(r"\bchapters?\s((?:\[?\d+(?:\]\([^)]*\))?(?:, | and | to )?)+)", re.IGNORECASE)
+
+
+def prose_files() -> list[Path]:
+    """Everything that may name a chapter by its number."""
+    patterns = ("notebooks/*.ipynb", "book/*.md", "*.md", "bitnet_edu/**/*.py", "bitnet_edu/**/*.js")
+    return [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+
+
+def chapters_to_come() -> set[int]:
+    intro = (ROOT / "book" / "intro.md").read_text(encoding="utf-8")
+    return {int(n) for n in re.findall(r"^- (\d+)\. [^*\n]+ \*\(to come\)\*", intro, re.MULTILINE)}
+
+
+def wrong_chapters(text: str) -> list[str]:
+    """What a text says of chapters that is not so: numbers of none, links to others or to none."""
+    known = CHAPTERS.keys() | chapters_to_come()
+    wrong = []
+    for mention in MENTION.finditer(text):
+        numbers = re.findall(r"(?<![\w/(])\d+(?!\w)", mention[1])
+        wrong += [mention[0] for n in numbers if int(n) not in known]
+    for link in re.finditer(r"\[([^][]*)\]\((?:\.\./notebooks/)?(\d\d)(_\w+)\.ipynb\)", text):
+        number = re.search(r"\d+", link[1])
+        exists = (ROOT / "notebooks" / f"{link[2]}{link[3]}.ipynb").exists()
+        if not exists or (number and int(number[0]) != int(link[2])):
+            wrong.append(link[0])
+    return wrong
+
+
+def test_chapters_are_numbered_through() -> None:
+    assert not CHAPTERS.keys() & chapters_to_come()
+    assert sorted(CHAPTERS.keys() | chapters_to_come()) == list(range(1, 18))
+    assert "numbered: " not in (ROOT / "_toc.yml").read_text()  # sphinx's own numbers would differ
+
+
+@pytest.mark.parametrize("number", CHAPTERS)
+def test_title_bears_the_number_of_the_file(number: int) -> None:
+    notebook = json.loads((ROOT / "notebooks" / f"{CHAPTERS[number]}.ipynb").read_text("utf-8"))
+    assert "".join(notebook["cells"][0]["source"]).startswith(f"# {number}. ")
+
+
+@pytest.mark.parametrize("path", prose_files(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_chapter_that_is_named_exists(path: Path) -> None:
+    assert wrong_chapters(path.read_text(encoding="utf-8")) == []
+
+
+def test_wrong_chapters_are_found() -> None:
+    right = "[Chapter 9](09_norms_and_squared_relu.ipynb), Chapters [2](02_absmean.ipynb) and 12"
+    assert wrong_chapters(right) == []
+    for wrong in (
+        "chapter 18",
+        "Chapters 2 to 5, 6 and 20",
+        "[Chapter 8](09_norms_and_squared_relu.ipynb)",
+        "[9. Norms](../notebooks/08_norms_and_squared_relu.ipynb)",
+        "Chapters [2](03_absmax.ipynb) and 4",
+    ):
+        assert wrong_chapters(wrong), wrong
+
+
+def test_the_ledger_and_the_architecture_figure_name_chapters() -> None:
+    named = {}
+    for path in [*NOTEBOOKS, *(ROOT / "bitnet_edu").rglob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        for name in re.findall(r'\\?"(\d\d_[a-z]\w+)\\?"', text):
+            named[name] = path.stem
+            if path in NOTEBOOKS:
+                assert name == path.stem, f"{path.stem} writes the ledger of {name}"
+    assert set(named) <= set(CHAPTERS.values())
+    assert len(set(named)) >= 10
+
+
 def test_no_path_of_one_machine_in_any_file() -> None:
     private = re.compile(r"(?<![\w.:/])/(?:home|root|Users|work|opt|farm|mnt)/[\w.-]+")
     found = []

@@ -1,6 +1,6 @@
 """The production kernel: packed ternary weights times int8 activations, at the speed of memory.
 
-Read it with chapter 07. In Hugging Face's layout a byte holds four weights of the *same column* and
+Read it with chapter 7. In Hugging Face's layout a byte holds four weights of the *same column* and
 of four different rows, so 64 bytes of weights need 64 activations, loaded once for four rows:
 
     codes_k = weights & (3 << 2k)                     k = 0..3: no shift, the sum is shifted instead

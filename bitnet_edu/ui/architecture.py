@@ -19,7 +19,7 @@ ROWS = (
         "RMSNorm",
         "Brings every token to root mean square 1, so that its int8 scale is well used.",
         layers.rms_norm,
-        "08_norms_and_squared_relu",
+        "09_norms_and_squared_relu",
         (),
     ),
     (
@@ -36,7 +36,7 @@ ROWS = (
         "RoPE",
         "Rotates queries and keys by their position; nothing is learned, nothing is ternary.",
         layers.rope,
-        "09_rope_attention_kv_cache",
+        "10_rope_attention_kv_cache",
         (),
     ),
     (
@@ -45,7 +45,7 @@ ROWS = (
         "Each token looks back at all earlier ones. Several query heads share one key and value "
         "head, which makes the KV cache smaller. Stays in floats.",
         layers.attention,
-        "09_rope_attention_kv_cache",
+        "10_rope_attention_kv_cache",
         (),
     ),
     (
@@ -54,7 +54,7 @@ ROWS = (
         "A second norm, right before the output projection quantizes: the heads' outputs differ "
         "widely in size. A standard block has none here.",
         layers.rms_norm,
-        "08_norms_and_squared_relu",
+        "09_norms_and_squared_relu",
         (),
     ),
     (
@@ -71,7 +71,7 @@ ROWS = (
         "RMSNorm",
         "The same norm before the feed-forward half.",
         layers.rms_norm,
-        "08_norms_and_squared_relu",
+        "09_norms_and_squared_relu",
         (),
     ),
     (
@@ -87,7 +87,7 @@ ROWS = (
         "ReLU(gate)² * up",
         "Squared ReLU instead of SiLU: many exact zeros, and the squares make SubLN necessary.",
         layers.squared_relu,
-        "08_norms_and_squared_relu",
+        "09_norms_and_squared_relu",
         (),
     ),
     (
@@ -95,7 +95,7 @@ ROWS = (
         "SubLN",
         "The norm before the down projection quantizes. A standard block has none here.",
         layers.rms_norm,
-        "08_norms_and_squared_relu",
+        "09_norms_and_squared_relu",
         (),
     ),
     (
