@@ -19,7 +19,9 @@ CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
 URL, BRANCH = CONFIG["repository"]["url"], CONFIG["repository"]["branch"]
 # An archive, because git may be missing; Colab has its own torch, which satisfies the package.
 COLAB_CELL = f"""import importlib.util
+import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a BLAS thread that waits takes a core from others
 if importlib.util.find_spec("bitnet_edu") is None:  # on Colab
     %pip install -q "bitnet-edu[ui,verify] @ {URL}/archive/refs/heads/{BRANCH}.zip\""""
 
@@ -94,11 +96,34 @@ def test_notebook_is_stripped(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_first_code_cell_installs_the_package_on_colab(path: Path) -> None:
+def test_first_code_cell_tames_blas_and_installs_the_package_on_colab(path: Path) -> None:
     notebook = json.loads(path.read_text(encoding="utf-8"))
     first = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
     assert "".join(first["source"]) == COLAB_CELL
     assert first["metadata"]["tags"] == ["remove-cell"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_states_no_run_time_by_hand(path: Path) -> None:
+    first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+    (running,) = re.findall(r"\*\*Running\*\* (.*)", first)
+    assert re.fullmatch(r"\[measured\]\((99_parity_ledger\.ipynb)?#seconds-and-memory\)", running)
+
+
+def test_what_chooses_a_large_model_asks_for_the_memory_that_is_there() -> None:
+    for path in NOTEBOOKS:
+        text = path.read_text(encoding="utf-8")
+        assert "psutil" not in text, f"{path.stem}: bitnet_edu.system.memory() knows containers"
+        if "random_weights(shape)" in text or "is_cached(MODEL)" in text:
+            assert "memory().available > " in text or "memory().available / 1e9" in text, path.stem
+
+
+def test_time_limits_only_end_hangs() -> None:
+    assert CONFIG["execute"]["timeout"] >= 600
+    assert (
+        'timeout=CONFIG["execute"]["timeout"]' in (ROOT / "tools" / "run_notebooks.py").read_text()
+    )
+    assert not re.search(r"timeout[= ]\d+", (ROOT / "Makefile").read_text())
 
 
 def test_table_of_contents_has_every_notebook_and_no_ghost() -> None:
@@ -123,7 +148,13 @@ MENTION = re.compile(r"\bchapters?\s((?:\[?\d+(?:\]\([^)]*\))?(?:, | and | to )?
 
 def prose_files() -> list[Path]:
     """Everything that may name a chapter by its number."""
-    patterns = ("notebooks/*.ipynb", "book/*.md", "*.md", "bitnet_edu/**/*.py", "bitnet_edu/**/*.js")
+    patterns = (
+        "notebooks/*.ipynb",
+        "book/*.md",
+        "*.md",
+        "bitnet_edu/**/*.py",
+        "bitnet_edu/**/*.js",
+    )
     return [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 
