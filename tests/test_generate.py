@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-import torch
 from checkpoints import VOCABULARY, Recipe, write
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from oracle import torch, transformers
 
 from bitnet_edu import BitNetError, ContextLengthError, InputError, load
 from bitnet_edu.generate import generate_ids, sample, until
@@ -46,11 +45,11 @@ def test_sampling_draws_from_the_distribution_of_transformers(temperature, top_k
     ours = np.zeros(VOCABULARY)
     ours[draw.order] = draw.p
 
-    warped = TemperatureLogitsWarper(temperature)(None, torch.from_numpy(scores)[None])
+    warped = transformers.TemperatureLogitsWarper(temperature)(None, torch.from_numpy(scores)[None])
     if top_k is not None:
-        warped = TopKLogitsWarper(top_k)(None, warped)
+        warped = transformers.TopKLogitsWarper(top_k)(None, warped)
     if top_p is not None and top_p < 1:
-        warped = TopPLogitsWarper(top_p)(None, warped)
+        warped = transformers.TopPLogitsWarper(top_p)(None, warped)
     theirs = torch.softmax(warped.double(), -1)[0].numpy()
     np.testing.assert_array_equal(ours > 0, theirs > 0)
     np.testing.assert_allclose(ours, theirs, atol=1e-6)

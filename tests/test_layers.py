@@ -5,18 +5,9 @@ from types import SimpleNamespace
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BitNetConfig
-from transformers.activations import ACT2FN
-from transformers.integrations.bitnet import AutoBitLinear, BitLinear
-from transformers.models.bitnet.modeling_bitnet import (
-    BitNetRMSNorm,
-    BitNetRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from oracle import activations, integration, modeling, torch, transformers
 
 from bitnet_edu.layers import (
     attention,
@@ -49,7 +40,7 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray, bound: float) -> None:
 @pytest.mark.parametrize("size", [1e-4, 1, 1e4])
 def test_rms_norm_is_transformers(tokens, n, size):
     x, weight = normal(tokens, n) * np.float32(size), normal(n)
-    theirs = BitNetRMSNorm(n, eps=1e-5)
+    theirs = modeling.BitNetRMSNorm(n, eps=1e-5)
     theirs.weight.data = torch.from_numpy(weight)
     # mean, root, quotient and product: a handful of roundings
     assert_close(rms_norm(x, weight, 1e-5), theirs(torch.from_numpy(x)).detach().numpy(), 4 * EPS)
@@ -65,7 +56,9 @@ def test_rms_norm_makes_the_mean_square_one(x):
 
 def test_squared_relu_is_transformers():
     x = normal(4, 100)
-    np.testing.assert_array_equal(squared_relu(x), ACT2FN["relu2"](torch.from_numpy(x)).numpy())
+    np.testing.assert_array_equal(
+        squared_relu(x), activations.ACT2FN["relu2"](torch.from_numpy(x)).numpy()
+    )
 
 
 @pytest.mark.parametrize(("out", "n"), [(4, 4), (60, 100), (640, 2560), (2560, 6912)])
@@ -75,14 +68,14 @@ def test_bit_linear_is_both_of_transformers_classes(out, n):
     scale = np.float32(0.017)
     ours = bit_linear(x, codes, scale)
 
-    multiplies = AutoBitLinear(n, out, bias=False)
+    multiplies = integration.AutoBitLinear(n, out, bias=False)
     multiplies.weight.data = torch.from_numpy(codes).float()
     multiplies.weight_scale.fill_(scale)
     # transformers sums up to n rounded products; the error of such a sum grows like its square root
     bound = np.sqrt(n) * EPS
     assert_close(ours, multiplies(torch.from_numpy(x)).detach().numpy(), bound)
 
-    divides = BitLinear(n, out, bias=False, dtype=torch.float32)
+    divides = integration.BitLinear(n, out, bias=False, dtype=torch.float32)
     divides.weight.copy_(torch.from_numpy(pack_hf(codes)))
     divides.weight_scale.fill_(1 / scale)
     # its sums are whole numbers, as ours
@@ -111,15 +104,15 @@ def test_integer_matmul_is_exact_at_its_extremes(columns, value):
     np.testing.assert_array_equal(integer_matmul(q, codes), exact)
 
 
-def their_rotary(head_dim: int, theta: float, positions: int = 4096) -> BitNetRotaryEmbedding:
-    config = BitNetConfig(
+def their_rotary(head_dim: int, theta: float, positions: int = 4096):
+    config = transformers.BitNetConfig(
         hidden_size=4 * head_dim,
         num_attention_heads=4,
         num_key_value_heads=2,
         rope_parameters={"rope_type": "default", "rope_theta": theta},
         max_position_embeddings=positions,
     )
-    return BitNetRotaryEmbedding(config)
+    return modeling.BitNetRotaryEmbedding(config)
 
 
 def test_rope_frequencies_of_the_real_model_are_transformers_bit_for_bit():
@@ -141,7 +134,9 @@ def test_rope_is_transformers_over_the_whole_context(heads, kv_heads, head_dim):
     rotary = their_rotary(head_dim, 500000.0)
     q_torch, k_torch = (torch.from_numpy(x.transpose(1, 0, 2)[None]) for x in (q, k))
     cos, sin = rotary(q_torch, torch.from_numpy(positions)[None])
-    for ours, theirs in zip((q, k), apply_rotary_pos_emb(q_torch, k_torch, cos, sin), strict=True):
+    for ours, theirs in zip(
+        (q, k), modeling.apply_rotary_pos_emb(q_torch, k_torch, cos, sin), strict=True
+    ):
         theirs = theirs[0].numpy().transpose(1, 0, 2)
         assert_close(rope(ours, positions, 500000.0), theirs, 2 * EPS)
 
@@ -172,7 +167,7 @@ def test_attention_is_transformers(heads, kv_heads, tokens, seen):
     q, k, v = normal(tokens, heads, 12), normal(seen, kv_heads, 12), normal(seen, kv_heads, 12)
     module = SimpleNamespace(num_key_value_groups=heads // kv_heads, training=False)
     mask = torch.full((tokens, seen), torch.finfo(torch.float32).min).triu(seen - tokens + 1)
-    theirs, _ = eager_attention_forward(
+    theirs, _ = modeling.eager_attention_forward(
         module,
         *(torch.from_numpy(x.transpose(1, 0, 2)[None].copy()) for x in (q, k, v)),
         mask,

@@ -3,10 +3,9 @@
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.integrations.bitnet import pack_weights, unpack_weights
+from oracle import integration, torch
 
 from bitnet_edu.packing import (
     pack_base3,
@@ -32,8 +31,10 @@ fours = codes_of(st.integers(1, 6).map(lambda n: 4 * n), st.integers(1, 17))
 def test_hf_layout_is_transformers_own(codes):
     packed = pack_hf(codes)
     assert packed.dtype == np.uint8
-    np.testing.assert_array_equal(packed, pack_weights(torch.tensor(codes).float()).numpy())
-    theirs = unpack_weights(torch.from_numpy(packed), torch.float32).numpy()
+    np.testing.assert_array_equal(
+        packed, integration.pack_weights(torch.tensor(codes).float()).numpy()
+    )
+    theirs = integration.unpack_weights(torch.from_numpy(packed), torch.float32).numpy()
     np.testing.assert_array_equal(unpack_hf(packed), theirs)
 
 

@@ -3,10 +3,9 @@
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.integrations.bitnet import ActQuant, BitLinear, WeightQuant
+from oracle import integration, torch
 
 from bitnet_edu.quantize import (
     SCALE_FLOOR,
@@ -34,12 +33,14 @@ def random_rows(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 def test_absmax_is_transformers_activation_quantizer_bit_for_bit(shape):
     x = random_rows(0, shape)
     q, scale = absmax_int8(x)
-    theirs, their_scale = BitLinear(4, 4, bias=False).activation_quant(torch.from_numpy(x))
+    theirs, their_scale = integration.BitLinear(4, 4, bias=False).activation_quant(
+        torch.from_numpy(x)
+    )
     np.testing.assert_array_equal(q, theirs.numpy())
     np.testing.assert_array_equal(scale, 1 / their_scale.numpy())
     assert (q.dtype, scale.dtype) == (np.int8, np.float32)
     # the other class divides by the inverse scale where we multiply by the scale: one more rounding
-    fake = ActQuant.apply(torch.from_numpy(x)).numpy()
+    fake = integration.ActQuant.apply(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(int8_to_float(q, scale), fake, rtol=2e-7, atol=0)
 
 
@@ -47,7 +48,7 @@ def test_absmax_is_transformers_activation_quantizer_bit_for_bit(shape):
 def test_absmean_is_transformers_weight_quantizer(shape):
     w = random_rows(1, (1, shape[0] * shape[1])).reshape(shape)
     codes, scale = absmean_ternary(w)
-    theirs = WeightQuant.apply(torch.from_numpy(w)).numpy()
+    theirs = integration.WeightQuant.apply(torch.from_numpy(w)).numpy()
     np.testing.assert_array_equal(codes, np.sign(theirs))
     # torch sums in float32, we in float64: the two means may be some last bits apart
     np.testing.assert_allclose(ternary_to_float(codes, scale), theirs, rtol=2e-6, atol=0)
@@ -56,7 +57,7 @@ def test_absmean_is_transformers_weight_quantizer(shape):
 @given(hnp.arrays(np.float32, (3, 8), elements=finite))
 def test_absmax_agrees_with_transformers_on_any_input(x):
     q, _ = absmax_int8(x)
-    theirs, _ = BitLinear(4, 4, bias=False).activation_quant(torch.from_numpy(x))
+    theirs, _ = integration.BitLinear(4, 4, bias=False).activation_quant(torch.from_numpy(x))
     np.testing.assert_array_equal(q, theirs.numpy())
 
 

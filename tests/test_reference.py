@@ -73,6 +73,7 @@ def test_the_observer_sees_every_step_of_every_layer(model, seen):
 
 
 def test_the_arrays_between_the_layers_are_those_of_transformers(folder, seen):
+    pytest.importorskip("transformers")
     _, theirs = transformers.trace_transformers(transformers.load_transformers(folder), IDS)
     shared = seen.keys() & theirs.keys()
     assert len(shared) == 2 + 2 * (2 + 7)

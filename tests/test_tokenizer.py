@@ -6,7 +6,7 @@ import pytest
 from checkpoints import SPECIAL, VOCABULARY, write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from oracle import transformers
 
 from bitnet_edu import CheckpointError, InputError
 from bitnet_edu.files.source import TINY
@@ -45,7 +45,7 @@ def ours(folder):
 
 @pytest.fixture(scope="module")
 def theirs(folder):
-    return AutoTokenizer.from_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=repr)
@@ -81,7 +81,10 @@ def test_a_template_of_the_folder_goes_first(tmp_path):
     template += "{{ m.content }}{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(template)
     messages = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
-    ours, theirs = Tokenizer.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ours, theirs = (
+        Tokenizer.from_folder(tmp_path),
+        transformers.AutoTokenizer.from_pretrained(tmp_path),
+    )
     assert ours.chat_text(messages) == "one"
     assert ours.apply_chat_template(messages) == theirs.apply_chat_template(messages)["input_ids"]
 
@@ -138,7 +141,7 @@ def test_settings_of_the_training_do_not_cut_texts(tmp_path):
     }
     path.write_text(json.dumps(content))
     text = "a long text that is longer than four tokens"
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert Tokenizer.from_folder(tmp_path).encode(text) == theirs.encode(text)
 
 

@@ -12,7 +12,7 @@ import pytest
 from checkpoints import HEADS, Recipe, make, matrix, save, shape_of, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig
+from oracle import transformers
 
 from bitnet_edu import CheckpointError, load
 from bitnet_edu.files.config import DEFAULTS, parse_config
@@ -100,7 +100,7 @@ def test_config_keys_mean_what_transformers_takes_them_for(tmp_path, edit):
     path.write_text(json.dumps({"model_type": "bitnet", **edit}))
     ours, theirs = (
         parse_config({"model_type": "bitnet", **edit}, path, {}),
-        AutoConfig.from_pretrained(tmp_path),
+        transformers.AutoConfig.from_pretrained(tmp_path),
     )
     for key in ours._fields:
         if key == "rope_theta":
@@ -113,7 +113,7 @@ def test_config_keys_mean_what_transformers_takes_them_for(tmp_path, edit):
 
 
 def test_defaults_are_transformers_own():
-    theirs = AutoConfig.for_model("bitnet")
+    theirs = transformers.AutoConfig.for_model("bitnet")
     for key, value in DEFAULTS.items():
         if key == "rope_theta":
             assert theirs.rope_parameters[key] == value
