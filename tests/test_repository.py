@@ -1,6 +1,7 @@
 """What a stranger relies on: pins, notebooks, the table of contents, links, a light import."""
 
 import json
+import os
 import re
 import subprocess
 import tomllib
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from test_floors import FLOORS
 
 ROOT = Path(__file__).parents[1]
 VENDOR = "book/_static/vendor/"  # other projects' files, unchanged
@@ -250,6 +252,65 @@ def test_readme_links_and_badges_point_at_files() -> None:
     assert targets
     missing = [target for target in targets if not (ROOT / target.replace("%2F", "/")).exists()]
     assert not missing
+
+
+def test_readme_shows_the_floors() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| (\d) \| (`.*`) \| [^|]+ \|$", readme, re.MULTILINE)
+    shown = [tuple(re.findall(r"`(\w+)`", rooms)) for _, rooms in table]
+    assert [int(floor) for floor, _ in table] == list(range(len(FLOORS)))
+    assert [set(rooms) for rooms in shown] == [set(rooms) for rooms in FLOORS]
+    assert "README.md#where-things-are" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^(make \w+)", readme.split("## Two commands")[1], re.MULTILINE)
+    assert commands[:2] == ["make book", "make test"]
+    assert re.search(r"^make test\b", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+
+
+WORKFLOWS = {
+    path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/workflows").glob("*")
+}
+JOBS = WORKFLOWS["ci.yml"]["jobs"]
+
+
+def test_workflows_only_call_what_the_repository_has() -> None:
+    commands = [entry["command"] for entry in JOBS["test"]["strategy"]["matrix"]["include"]]
+    steps = [
+        step for w in WORKFLOWS.values() for job in w["jobs"].values() for step in job["steps"]
+    ]
+    runs = [step["run"] for step in steps if "run" in step]
+    assert runs == ["${{ matrix.command }}"]
+    for command in commands:
+        script = ROOT / command.split()[0]
+        assert script.is_file(), command
+        assert os.access(script, os.X_OK), command
+
+
+def test_every_system_is_tested() -> None:
+    entries = JOBS["test"]["strategy"]["matrix"]["include"]
+    tried = {(entry["system"], entry["python"]) for entry in entries}
+    assert tried >= {("ubuntu-latest", "3.11"), ("ubuntu-latest", "3.13")}
+    systems = {system.split("-")[0] for system, _ in tried}
+    assert systems == {"ubuntu", "macos", "windows"}
+    assert any(system.endswith("-arm") for system, _ in tried)
+    assert any(entry["command"] == ".ci/package lowest" for entry in entries)
+
+
+def test_pages_are_published_only_after_every_test() -> None:
+    deploying = {
+        (file, name)
+        for file, workflow in WORKFLOWS.items()
+        for name, job in workflow["jobs"].items()
+        if any("deploy-pages" in step.get("uses", "") for step in job["steps"])
+    }
+    assert deploying == {("ci.yml", "publish")}
+    assert JOBS["publish"]["needs"] == "test"
+    assert "refs/heads/main" in JOBS["publish"]["if"]
+    assert "continue-on-error" not in str(JOBS)
+    assert WORKFLOWS["ci.yml"]["permissions"] == {"contents": "read"}
 
 
 def test_vendored_anywidget_is_the_installed_one() -> None:

@@ -1,4 +1,4 @@
-"""Print the oldest versions of the core's dependencies that pyproject.toml allows, as constraints."""
+"""Print the oldest versions of the core's dependencies that pyproject.toml allows, for pip -c."""
 
 import re
 import tomllib
@@ -13,10 +13,15 @@ def lowest(dependencies: list[str]) -> list[str]:
     for dependency in dependencies:
         name, bound = re.match(r"([\w.-]+)(?:\[.*\])?(?:[^;]*?>=\s*([\w.]+))?", dependency).groups()
         if bound is None:
-            raise ValueError(f"{dependency}: without a lower bound nobody can test the oldest version")
+            raise ValueError(
+                f"{dependency}: without a lower bound nobody can test the oldest version"
+            )
         pins.append(f"{name}=={bound}")
     return pins
 
 
 if __name__ == "__main__":
-    print(*lowest(tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]), sep="\n")
+    print(
+        *lowest(tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]),
+        sep="\n",
+    )

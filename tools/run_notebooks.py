@@ -66,6 +66,7 @@ def run(path: Path) -> dict[str, float]:
     NotebookClient(
         notebook,
         timeout=CONFIG["execute"]["timeout"],
+        record_timing=False,  # the cache would take the times for a part of the code
         resources={"metadata": {"path": path.parent}},
     ).execute()
     BUILD.joinpath("executed").mkdir(parents=True, exist_ok=True)

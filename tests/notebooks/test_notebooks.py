@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_cache import get_cache
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "_build"
@@ -49,6 +50,12 @@ def test_notebook_was_executed_without_an_error(path: Path) -> None:
         if cell.cell_type == "code":
             assert cell.execution_count, cell.source
             assert [o for o in cell.outputs if o.output_type == "error"] == []
+
+
+def test_the_book_executed_nothing_again() -> None:
+    """One entry of the cache for each notebook: a second run would have added another."""
+    records = get_cache(BUILD / ".jupyter_cache").list_cache_records()
+    assert sorted(Path(record.uri).name for record in records) == [path.name for path in NOTEBOOKS]
 
 
 def test_there_are_exercises() -> None:
