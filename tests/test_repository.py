@@ -112,6 +112,31 @@ def test_notebook_states_no_run_time_by_hand(path: Path) -> None:
     assert re.fullmatch(r"\[measured\]\((99_parity_ledger\.ipynb)?#seconds-and-memory\)", running)
 
 
+HEDGE = re.compile(r"\b(can|may|if|where|could|should|would|might|whether)\b|\?", re.IGNORECASE)
+COMPARES = re.compile(r"\b(faster|slower|slowest|fastest(?! (read|token))|times as fast)\b", re.I)
+
+
+def bare_comparisons(text: str) -> list[str]:
+    """Sentences that say which of two things is faster, as if every machine had said so."""
+    sentences = re.split(r"(?<=[.!?:])\s+|\n", text)
+    return [s for s in sentences if COMPARES.search(s) and not HEDGE.search(s)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_text_beside_a_clock_states_no_winner(path: Path) -> None:
+    """What is measured is put into words by the run itself, from its own numbers."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    if "perf_counter" in code:
+        prose = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+        assert [s for text in prose for s in bare_comparisons(text)] == []
+
+
+def test_bare_comparisons_are_found() -> None:
+    text = "Packing pays. Rung 5 is four times as fast. It may be slower. Is it faster?"
+    assert bare_comparisons(text) == ["Rung 5 is four times as fast."]
+
+
 def test_what_chooses_a_large_model_asks_for_the_memory_that_is_there() -> None:
     for path in NOTEBOOKS:
         text = path.read_text(encoding="utf-8")
