@@ -33,7 +33,7 @@ if [ ! -e "$work/.ready" ]; then
     ln -s usr/lib "$root/lib" # which the package base-files would do
     unpack amd64 "$work/host" qemu-user
     "$here" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' >"$work/needed"
-    "$here" -m pip install --quiet --target "$work/site" --only-binary=:all: --implementation cp \
+    "$here" -m pip install --quiet --target "$root/usr/local/lib/python3.13/dist-packages" --only-binary=:all: --implementation cp \
         --python-version 3.13 --platform manylinux2014_aarch64 --platform manylinux_2_27_aarch64 \
         --platform manylinux_2_28_aarch64 -c requirements.lock -r "$work/needed" \
         hypothesis packaging pytest pytest-timeout
@@ -43,10 +43,11 @@ fi
 # a Python that says of itself that it is this file, so that its children are emulated, too
 cat >"$work/python" <<END
 #!/bin/bash
-export QEMU_CPU=max PYTHONHOME=/usr PYTHONPATH="$PWD:$work/site" NUMBA_CACHE_DIR="\${NUMBA_CACHE_DIR-$work/numba}"
+export QEMU_CPU=max PYTHONHOME=/usr
 exec "$work/host/usr/bin/qemu-aarch64" -0 "$work/python" -L "$root" "$root/usr/bin/python3.13" "\$@"
 END
 chmod +x "$work/python"
+export PYTHONPATH=$PWD
 
 kernel='
 import platform

@@ -22,9 +22,9 @@ def compared(ours: Sequence[float], theirs: Sequence[float]) -> str:
     overlap = low <= their_high and their_low <= high
     if overlap or 1 / ALIKE < ratio < ALIKE:
         return "takes about as long as"
-    if ratio > 1:
-        return f"is {ratio:.1f} times as fast as"
-    return f"takes {1 / ratio:.1f} times as long as"
+    factor = max(ratio, 1 / ratio)
+    times = f"{factor:.1f} times" if factor < 10 else f"{factor:,.0f} times"
+    return f"is {times} as fast as" if ratio > 1 else f"takes {times} as long as"
 
 
 def bystanders(seconds: float = 0.5) -> str:

@@ -15,6 +15,7 @@ from bitnet_edu.book.timing import bystanders, compared
         ([1.05], [1.0], "takes about as long as"),
         ([1, 2, 9, 9], [2, 2, 3, 3], "takes about as long as"),  # scattered: the halves overlap
         ([2.5], [1.0], "takes 2.5 times as long as"),
+        ([1234.0], [1.0], "takes 1,234 times as long as"),
         ([1.0, 1.0, 50.0], [4.0, 4.0, 4.0], "takes about as long as"),
         ([1.0] * 9 + [50.0], [4.0] * 10, "is 4.0 times as fast as"),  # one disturbed call
     ],

@@ -5,6 +5,7 @@ Every check is itself checked: the empty stub is "Not yet", the solution of the 
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import nbformat
@@ -56,6 +57,16 @@ def test_the_book_executed_nothing_again() -> None:
     """One entry of the cache for each notebook: a second run would have added another."""
     records = get_cache(BUILD / ".jupyter_cache").list_cache_records()
     assert sorted(Path(record.uri).name for record in records) == [path.name for path in NOTEBOOKS]
+
+
+def test_every_chapter_that_compares_has_written_its_rows() -> None:
+    page = BUILD / "html" / "notebooks" / "99_parity_ledger.html"
+    assert page.exists(), "the book is not built: run `make book`"
+    text = page.read_text(encoding="utf-8")
+    assert re.search(r"All \d+ chapters that compare have written their rows", text)
+    assert "not run yet</td>" not in text
+    assert "ran before a change</td>" not in text
+    assert f"{len(NOTEBOOKS) - 1} chapters measured" in text
 
 
 def test_there_are_exercises() -> None:
