@@ -314,6 +314,13 @@ def test_workflows_only_call_what_the_repository_has() -> None:
         assert os.access(script, os.X_OK), command
 
 
+@pytest.mark.parametrize("name", [".ci/run", ".ci/package", "tools/arm.sh", "tools/vendor.sh"])
+def test_shell_scripts_can_be_read(name: str) -> None:
+    assert os.access(ROOT / name, os.X_OK)
+    read = subprocess.run(["bash", "-n", name], cwd=ROOT, capture_output=True, text=True)
+    assert (read.returncode, read.stderr) == (0, "")
+
+
 def test_every_system_is_tested() -> None:
     entries = JOBS["test"]["strategy"]["matrix"]["include"]
     tried = {(entry["system"], entry["python"]) for entry in entries}

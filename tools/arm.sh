@@ -32,9 +32,12 @@ if [ ! -e "$work/.ready" ]; then
     unpack arm64 "$root" python3.13 libstdc++6
     ln -s usr/lib "$root/lib" # which the package base-files would do
     unpack amd64 "$work/host" qemu-user
-    "$here" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' >"$work/needed"
-    "$here" -m pip install --quiet --target "$root/usr/local/lib/python3.13/dist-packages" --only-binary=:all: --implementation cp \
-        --python-version 3.13 --platform manylinux2014_aarch64 --platform manylinux_2_27_aarch64 \
+    "$here" -c 'import tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+print(*project["dependencies"], sep="\n")' >"$work/needed"
+    "$here" -m pip install --quiet --target "$root/usr/local/lib/python3.13/dist-packages" \
+        --only-binary=:all: --implementation cp --python-version 3.13 \
+        --platform manylinux2014_aarch64 --platform manylinux_2_27_aarch64 \
         --platform manylinux_2_28_aarch64 -c requirements.lock -r "$work/needed" \
         hypothesis packaging pytest pytest-timeout
     touch "$work/.ready"
