@@ -2,7 +2,21 @@
 
 
 class BitNetError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose: a message of one printable line."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(printable(message))
+
+
+def printable(text: str, most: int = 2000) -> str:
+    """`text` without what a terminal would obey: names in files may hold line ends and escapes.
+
+    Of more than `most` characters the middle is left out.
+    """
+    text = str(text)
+    if len(text) > most:
+        text = f"{text[: most // 2]} [...] {text[-most // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class CheckpointError(BitNetError):

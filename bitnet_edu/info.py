@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnet_edu.book.xray import code_counts, entropy_bits, xray
-from bitnet_edu.files.gguf import template_note
 from bitnet_edu.files.source import find_model, read_model
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def describe(source: str = "tiny", *, ternarize: bool = False) -> dict[str, Any]
         },
         "zero_share": float(counts[1] / counts.sum()),
         "entropy_bits": entropy_bits(counts),
-        "notes": [note for note in (template_note(path, tokenizer),) if note],
+        "notes": [tokenizer.note] if tokenizer and tokenizer.note else [],
         "layers": layers,
     }
 

@@ -1,5 +1,7 @@
 """`load`: files, engine and tokenizer put together."""
 
+import logging
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,5 +21,14 @@ def load(
     from bitnet_edu.files.source import find_model, read_model
     from bitnet_edu.generate import BitNetLM
 
-    path = find_model(str(source))
-    return BitNetLM(*read_model(path, ternarize=ternarize, i2s_block=i2s_block))
+    path = find_model(source)
+    model = BitNetLM(*read_model(path, ternarize=ternarize, i2s_block=i2s_block))
+    if model.tokenizer and model.tokenizer.note:
+        _say(model.tokenizer.note)
+    return model
+
+
+@cache
+def _say(note: str) -> None:
+    """Log a line, once in a process."""
+    logging.getLogger("bitnet_edu").warning(note)

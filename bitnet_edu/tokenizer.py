@@ -26,6 +26,8 @@ BITNET_CHAT_TEMPLATE = (
 class Tokenizer:
     """The `tokenizers` library's tokenizer with a chat template."""
 
+    note: str | None = None  # what its user should know of where it came from
+
     def __init__(
         self,
         backend: HFTokenizer,

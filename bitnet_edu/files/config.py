@@ -3,13 +3,29 @@
 What cannot be right raises `CheckpointError`, which names file, key, expected and found.
 """
 
+import errno
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from bitnet_edu.errors import CheckpointError
 from bitnet_edu.weights import BitNetConfig
+
+MOST_JSON = 2**27  # bytes: Llama 3's tokenizer.json, the largest of a model's, has 17 million
+# positions are counted in float32, which holds every whole number up to this one
+MOST_POSITIONS = 2**24
+ADVICE = {
+    errno.EACCES: "allow yourself to read it",
+    errno.EPERM: "allow yourself to read it",
+    errno.EMFILE: "close other files or models, or raise `ulimit -n`",
+    errno.ENFILE: "close other programs",
+    errno.ENOMEM: "close other programs or models",
+    errno.EIO: "the disk or the network behind it fails; copy the model anew",
+    errno.ELOOP: "mend the links, which lead round in a circle",
+    errno.ENAMETOOLONG: "give the folder a shorter name",
+}
 
 # What transformers takes for a key that config.json leaves out (its configuration_bitnet.py).
 DEFAULTS = {
@@ -31,24 +47,70 @@ DEFAULTS = {
 }
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading. CheckpointError for what is none, or can't be opened: a folder, a
+    pipe or a device would block or never end.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise fault(path, "it", "a file", "a folder or a device")
+        return path.open("rb")
+    except FileNotFoundError:
+        dangling = "a link to nothing" if path.is_symlink() else "missing"
+        raise CheckpointError(f"{path} is {dangling}: fetch or copy the whole model") from None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """What the system says about a file that it does not read, and what can be done."""
+    advice = ADVICE.get(getattr(error, "errno", None), "fetch or copy it again")
+    reason = getattr(error, "strerror", None) or error
+    return CheckpointError(f"{path} cannot be read ({reason}): {advice}")
+
+
 def read_json(path: Path, default: dict | None = None) -> dict[str, Any]:
     """Parse a JSON object; `default`, where given, stands in for a missing file."""
+    if default is not None and not path.is_symlink() and not path.exists():
+        return default
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if default is not None:
-            return default
-        raise CheckpointError(f"{path} is missing: a model folder needs it") from None
-    except (OSError, ValueError, RecursionError) as error:
+        with open_regular(path) as file:
+            content = file.read(MOST_JSON + 1)
+        if len(content) > MOST_JSON:
+            raise ValueError(f"it has more than {MOST_JSON:,} bytes")
+        value = parse_json(content)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a readable JSON file: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value
 
 
+def parse_json(content: bytes) -> Any:
+    """JSON in UTF-8. ValueError or RecursionError, also for a key that stands twice in an object,
+    where each library would believe another one.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {twice!r} appears twice")
+        return found
+
+    return json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique)
+
+
 def parse_config(raw: Mapping[str, Any], path: Path, generation: Mapping[str, Any]) -> BitNetConfig:
-    """config.json -> BitNetConfig; refuses each architecture that is not implemented here."""
-    raw = DEFAULTS | raw
+    """config.json -> BitNetConfig; refuses each architecture that is not implemented here.
+
+    generation: what generation_config.json beside it holds, whose end tokens count first.
+    """
+    absent, raw = DEFAULTS.keys() - raw.keys(), DEFAULTS | raw
+    in_generation = path.with_name("generation_config.json")
 
     def require(holds: bool, key: str, expected: str) -> None:
         if not holds:
@@ -69,22 +131,32 @@ def parse_config(raw: Mapping[str, Any], path: Path, generation: Mapping[str, An
     require(heads % kv_heads == 0, "num_key_value_heads", f"a divisor of {heads} heads")
     eps = raw["rms_norm_eps"]
     require(type(eps) in (int, float) and 0 <= eps < 1, "rms_norm_eps", "a number from 0 to 1")
-    bos = raw["bos_token_id"]
-    require(bos is None or type(bos) is int, "bos_token_id", "a token id or null")
+    context, vocabulary = size("max_position_embeddings"), size("vocab_size")
+    require(context <= MOST_POSITIONS, "max_position_embeddings", f"at most {MOST_POSITIONS}")
+    for key in ("bos_token_id", "eos_token_id"):
+        if key in absent and raw[key] >= vocabulary:
+            raw[key] = None  # a default that this vocabulary does not have
+    require(type(raw["bos_token_id"]) is not list, "bos_token_id", "one token id or null")
+    begins, ends = (
+        _token_ids(raw, f"{name}_token_id", vocabulary, path) for name in ("bos", "eos")
+    )
+    _token_ids(generation, "bos_token_id", vocabulary, in_generation)
+    if "eos_token_id" in generation:
+        ends = _token_ids(generation, "eos_token_id", vocabulary, in_generation)
     tied = raw["tie_word_embeddings"]
     require(type(tied) is bool, "tie_word_embeddings", "true or false")
     config = BitNetConfig(
-        vocab_size=size("vocab_size"),
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=size("intermediate_size"),
         num_hidden_layers=size("num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=size("max_position_embeddings"),
+        max_position_embeddings=context,
         rope_theta=_rope_theta(raw, path),
         rms_norm_eps=float(eps),
-        bos_token_id=bos,
-        eos_token_ids=_token_ids(generation.get("eos_token_id", raw["eos_token_id"]), path),
+        bos_token_id=begins[0] if begins else None,
+        eos_token_ids=ends,
     )
     for name, (rows, columns) in config.matrix_shapes.items():
         if rows % 4 or columns % 4:
@@ -108,10 +180,12 @@ def _rope_theta(raw: Mapping[str, Any], path: Path) -> float:
     return float(theta)
 
 
-def _token_ids(value: int | list[int] | None, path: Path) -> tuple[int, ...]:
+def _token_ids(raw: Mapping[str, Any], key: str, vocabulary: int, path: Path) -> tuple[int, ...]:
+    value = raw.get(key)
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(token) is int for token in ids):
-        raise fault(path, "eos_token_id", "a token id or a list of them", repr(value))
+    if not all(type(token) is int and 0 <= token < vocabulary for token in ids):
+        expected = f"a token id or a list of them, each below {vocabulary}"
+        raise fault(path, key, expected, repr(value))
     return tuple(ids)
 
 
@@ -148,6 +222,10 @@ def parse_scheme(raw: Mapping[str, Any], path: Path, ternarize: bool = False) ->
 def fault(path: Path, what: str, expected: str, found: str) -> CheckpointError:
     """The one form of complaint: which file, what in it, what it must be and what it is."""
     return CheckpointError(f"{path}: {what} must be {expected}, found {found}")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def config_json(config: BitNetConfig, *, tied: bool, master: bool) -> dict[str, Any]:

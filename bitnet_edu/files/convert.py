@@ -4,18 +4,19 @@ What is kept exactly: every ternary code, every scale, the norms, the tokenizer.
 its dtype in the Hugging Face formats and becomes float16 in GGUF.
 """
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+from tokenizers import Tokenizer as HFTokenizer
 
 from bitnet_edu.errors import InputError
-from bitnet_edu.files.atomic import all_or_nothing
 from bitnet_edu.files.config import parse_scheme, read_json
-from bitnet_edu.files.gguf import template_note, write_gguf
-from bitnet_edu.files.hf import MATRICES, write_folder, write_tokenizer
-from bitnet_edu.files.source import find_model, read_model
-from bitnet_edu.weights import BITNET_2B4T, Weights, random_weights
+from bitnet_edu.files.gguf import write_gguf, writing_notes
+from bitnet_edu.files.hf import write_folder
+from bitnet_edu.files.source import TINY, find_model, read_model
+from bitnet_edu.tokenizer import Tokenizer
+from bitnet_edu.weights import BITNET_2B4T, BitNetConfig, Weights, random_weights
 
 FORMATS = ("hf-packed", "hf-bf16", "gguf-i2s")
 
@@ -42,22 +43,20 @@ def convert(
     to = to or ("gguf-i2s" if destination.suffix == ".gguf" else "hf-packed")
     _check(destination, to, i2s_block)
     if source == "random-2b4t":
-        folder, config, weights, tokenizer = None, BITNET_2B4T, random_weights(BITNET_2B4T), None
-        notes = []
+        folder, (config, weights, tokenizer) = None, _random_2b4t()
     else:
         path = find_model(source)
         folder = path if path.is_dir() else None
         if folder and to == "hf-bf16" and is_master(folder):
             raise InputError(f"{source} is a bf16 master already: copy the folder")
         config, weights, tokenizer = read_model(path, i2s_block=i2s_block)
-        notes = [note for note in (template_note(path, tokenizer),) if note]
-    with all_or_nothing(destination, _size(weights, to)) as temporary:
-        if to == "gguf-i2s":
-            write_gguf(temporary, config, weights, tokenizer, (folder and i2s_block) or 128)
-            notes += _rounding_note(weights.embedding)
-        else:
-            write_folder(temporary, config, weights, master=to == "hf-bf16")
-            write_tokenizer(temporary, config, tokenizer, folder)
+    notes = [tokenizer.note] if tokenizer and tokenizer.note else []
+    if to == "gguf-i2s":
+        write_gguf(destination, config, weights, tokenizer, (folder and i2s_block) or 128)
+        notes += writing_notes(weights, tokenizer)
+    else:
+        master = to == "hf-bf16"
+        write_folder(destination, config, weights, tokenizer, tokenizer_from=folder, master=master)
     if to == "hf-bf16":
         notes.append(
             "these master weights ternarize to the same model; they are not the training's"
@@ -65,16 +64,23 @@ def convert(
     return Conversion(to, notes)
 
 
-def _rounding_note(embedding: np.ndarray) -> list[str]:
-    changed, most = 0, 0.0
-    for rows in np.array_split(embedding, -(-embedding.size // 2**22)):
-        exact = rows.astype(np.float32)
-        difference = np.abs(rows.astype(np.float16).astype(np.float32) - exact)
-        changed, most = changed + np.count_nonzero(difference), max(most, float(difference.max()))
-    if not changed:
-        return []
-    values = f"{changed:,} of {embedding.size:,} embedding values"
-    return [f"{values} were rounded, by at most {most:.1e}: bitnet.cpp stores them as float16"]
+def _random_2b4t() -> tuple[BitNetConfig, Weights, Tokenizer]:
+    """Random weights of the full shape, and tiny's tokenizer filled up with tokens that no text
+    has: whatever the model says, it can be shown.
+    """
+    tiny = Tokenizer.from_folder(TINY)
+    whole = json.loads(tiny.backend.to_str())
+    vocabulary = tiny.backend.get_vocab(with_added_tokens=True)
+    unused = range(len(vocabulary), BITNET_2B4T.vocab_size)
+    whole["model"]["vocab"] = vocabulary | {f"[PAD{i}]": i for i in unused}
+    backend = HFTokenizer.from_str(json.dumps(whole))
+    tokenizer = Tokenizer(backend, tiny.chat_template, tiny.bos_token, tiny.eos_token)
+    ends = (tiny.eos_token, "<|eot_id|>")
+    config = BITNET_2B4T._replace(
+        bos_token_id=tokenizer.token_id(tiny.bos_token),
+        eos_token_ids=tuple(tokenizer.token_id(token) for token in ends),
+    )
+    return config, random_weights(config), tokenizer
 
 
 def is_master(folder: Path) -> bool:
@@ -93,10 +99,3 @@ def _check(destination: Path, to: str, i2s_block: int | None) -> None:
         raise InputError(f"an I2_S block has 128 (x86) or 64 (Arm) weights, not {i2s_block}")
     if destination.exists():
         raise InputError(f"{destination} exists already: remove it or choose another name")
-
-
-def _size(weights: Weights, to: str) -> int:
-    """About how many bytes the written model takes."""
-    codes = sum(getattr(layer, name).packed.nbytes for layer in weights.layers for name in MATRICES)
-    heads = 1 if weights.tied else 2
-    return codes * (8 if to == "hf-bf16" else 1) + heads * weights.embedding.nbytes + 2**24

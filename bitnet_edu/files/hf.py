@@ -12,17 +12,35 @@ What cannot be right raises `CheckpointError`, which names file, tensor, expecte
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from bitnet_edu.errors import CheckpointError
-from bitnet_edu.files.config import config_json, fault, parse_config, parse_scheme, read_json
+from bitnet_edu.errors import CheckpointError, InputError
+from bitnet_edu.files.atomic import all_or_nothing
+from bitnet_edu.files.config import (
+    config_json,
+    fault,
+    parse_config,
+    parse_json,
+    parse_scheme,
+    read_json,
+    write_json,
+)
+from bitnet_edu.files.tensors import (
+    DTYPES,
+    FLOATS,
+    Stored,
+    Tensors,
+    map_file,
+    refuse_nonfinite,
+    refuse_wide,
+)
 from bitnet_edu.kernels.matmul import count_invalid
 from bitnet_edu.packing import pack_hf, unpack_hf
 from bitnet_edu.quantize import absmean_ternary
@@ -30,8 +48,9 @@ from bitnet_edu.tokenizer import Tokenizer
 from bitnet_edu.weights import BitNetConfig, LayerWeights, TernaryMatrix, Weights
 
 INDEX = "model.safetensors.index.json"
-FLOATS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
-DTYPES = FLOATS | {"U8": np.uint8}
+SINGLE = "model.safetensors"
+MOST_HEADER = 2**24  # bytes: Microsoft's has 70 thousand
+IGNORED = "rotary_emb.inv_freq"  # a buffer in old files, which transformers ignores too
 MATRICES = {
     "q_proj": "self_attn.q_proj",
     "k_proj": "self_attn.k_proj",
@@ -68,64 +87,45 @@ def read_folder(folder: Path, ternarize: bool = False) -> tuple[BitNetConfig, We
     raw = read_json(path)
     config = parse_config(raw, path, read_json(folder / "generation_config.json", {}))
     scheme = parse_scheme(raw, path, ternarize)
-    tensors = Tensors(folder)
+    refuse_wide(path, config)
+    tensors = _open(folder)
     layers = tuple(_read_layer(tensors, config, i, scheme) for i in range(config.num_hidden_layers))
-    norm = _read_norm(tensors, "model.norm", config.hidden_size)
+    norm = tensors.norm("model.norm.weight", config.hidden_size)
     # like transformers: where the two are tied, one may be left out, and what is stored is used
     tables = ["model.embed_tokens.weight", "lm_head.weight"]
     if raw.get("tie_word_embeddings", False):
-        tables = [name for name in tables if name in tensors.arrays] or tables
+        tables = [name for name in tables if name in tensors.stored] or tables
     shape = config.vocab_size, config.hidden_size
-    embedding, *head = [tensors.take(name, shape, FLOATS) for name in tables]
+    embedding, *head = [tensors.floats(name, shape) for name in tables]
     tensors.refuse_leftovers()
     return config, Weights(embedding, layers, norm, head[0] if head else embedding)
 
 
-class Tensors:
-    """The tensors of a folder, memory-mapped, each to be taken once with what it must be."""
-
-    def __init__(self, folder: Path):
-        self.arrays: dict[str, np.ndarray] = {}
-        self.files: dict[str, Path] = {}
-        shards = _shards(folder)
-        self.source = folder / INDEX if len(shards) > 1 else next(iter(shards))
-        for path, names in shards.items():
-            found = map_safetensors(path)
-            if missing := names - found.keys():
-                raise fault(path, min(missing), "here, by the index", "nothing of that name")
-            if twice := found.keys() & self.arrays.keys():
-                name = min(twice)
-                raise fault(path, name, "in one file alone", f"it in {self.files[name].name} too")
-            self.arrays |= found
-            self.files |= dict.fromkeys(found, path)
-
-    def take(self, name: str, shape: tuple[int, ...], dtypes: Mapping[str, Any]) -> np.ndarray:
-        expected = f"{' or '.join(dtypes)} {list(shape)}"
-        if name not in self.arrays:
-            raise fault(self.source, name, expected, "no such tensor")
-        array = self.arrays.pop(name)
-        if array.shape != shape or array.dtype not in dtypes.values():
-            raise self.fault(name, expected, f"{array.dtype} {list(array.shape)}")
-        return array
-
-    def stores_floats(self, name: str) -> bool:
-        return name in self.arrays and self.arrays[name].dtype != np.uint8
-
-    def fault(self, name: str, expected: str, found: str) -> CheckpointError:
-        return fault(self.files[name], name, expected, found)
-
-    def refuse_leftovers(self) -> None:
-        if self.arrays:
-            name = min(self.arrays)
-            found = f"{len(self.arrays)} surplus tensor(s)"
-            raise self.fault(name, "absent, as no BitNet of this config.json has it", found)
+def _open(folder: Path) -> Tensors:
+    """The tensors of a folder's file or files."""
+    shards = _shards(folder)
+    tensors = Tensors(folder / INDEX if len(shards) > 1 else next(iter(shards)))
+    for path, names in shards.items():
+        found = stored_tensors(path)
+        if missing := names - found.keys():
+            raise fault(path, min(missing), "here, by the index", "nothing of that name")
+        for name, stored in found.items():
+            if not name.endswith(IGNORED):
+                tensors.add(name, stored)
+    return tensors
 
 
 def _shards(folder: Path) -> dict[Path, set[str]]:
     """The safetensors files of a folder, each with the tensor names that an index promises."""
-    single, index = folder / "model.safetensors", folder / INDEX
-    if single.exists() or not index.exists():
-        return {single: set()}
+    single, index = folder / SINGLE, folder / INDEX
+    if not single.exists() and not single.is_symlink() and index.exists():
+        return _indexed(index)
+    if index.exists():
+        _refuse_another(single, index)
+    return {single: set()}
+
+
+def _indexed(index: Path) -> dict[Path, set[str]]:
     shards: dict[Path, set[str]] = {}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -133,34 +133,62 @@ def _shards(folder: Path) -> dict[Path, set[str]]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise fault(index, f"the file of {name}", "a name in this folder", repr(file))
-        shards.setdefault(folder / file, set()).add(name)
+        shards.setdefault(index.parent / file, set()).add(name)
     return shards
+
+
+def _refuse_another(single: Path, index: Path) -> None:
+    """Of two whole models in one folder nobody can tell which is meant, unless they are equal."""
+    try:
+        shards = [stored_tensors(path) for path in _indexed(index)]
+    except CheckpointError:
+        return  # remains of another form of the same model
+    sharded = {name: tensor for shard in shards for name, tensor in shard.items()}
+    whole = stored_tensors(single)
+    if whole.keys() != sharded.keys() or not all(
+        map(_same, whole.values(), map(sharded.get, whole))
+    ):
+        raise CheckpointError(
+            f"{single.parent} holds two different models, {single.name} and the files of "
+            f"{index.name}: remove one of them"
+        )
+
+
+def _same(a: Stored, b: Stored) -> bool:
+    return a[2:4] == b[2:4] and memoryview(a.bytes()) == memoryview(b.bytes())
 
 
 def map_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Memory-map a safetensors file: {name: read-only array}. CheckpointError if damaged."""
+    stored = stored_tensors(path)
+    for name, tensor in stored.items():
+        if tensor.kind not in DTYPES:
+            raise fault(path, name, " or ".join(DTYPES), tensor.kind)
+    return {name: tensor.array() for name, tensor in stored.items()}
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file by name. CheckpointError if it is damaged."""
+    memory = map_file(path)
+    start = 8 + int.from_bytes(memory[:8], "little")
+    if start > MOST_HEADER:
+        size = f"{start:,} bytes" if start <= len(memory) else "longer than the file"
+        raise fault(path, "the header", f"at most {MOST_HEADER:,} bytes", size)
     try:
         with safe_open(path, framework="numpy"):  # the library checks sizes, offsets and overlaps
             pass
-        with path.open("rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(start - 8))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the download is incomplete") from None
-    except (OSError, ValueError, SafetensorError) as error:
+        header = parse_json(memory[8:start])
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}): fetch it again"
         ) from None
     header.pop("__metadata__", None)
-    arrays = {}
+    tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise fault(path, name, " or ".join(DTYPES), entry["dtype"])
         begin, end = entry["data_offsets"]
-        # a map for each tensor, so that a master weight's memory goes when the array goes
-        data = np.memmap(path, np.uint8, "r", start + begin, (end - begin,))
-        arrays[name] = np.asarray(data).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return arrays
+        place = start + begin, end - begin
+        tensors[name] = Stored(path, memory, entry["dtype"], tuple(entry["shape"]), *place)
+    return tensors
 
 
 def _read_layer(tensors: Tensors, config: BitNetConfig, index: int, scheme: str) -> LayerWeights:
@@ -170,9 +198,8 @@ def _read_layer(tensors: Tensors, config: BitNetConfig, index: int, scheme: str)
         for field, shape in config.matrix_shapes.items()
     }
     norms = {
-        field: _read_norm(
-            tensors,
-            prefix + name,
+        field: tensors.norm(
+            f"{prefix}{name}.weight",
             config.intermediate_size if field == "ffn_sub_norm" else config.hidden_size,
         )
         for field, name in NORMS.items()
@@ -180,44 +207,44 @@ def _read_layer(tensors: Tensors, config: BitNetConfig, index: int, scheme: str)
     return LayerWeights(**matrices, **norms)
 
 
-def _read_norm(tensors: Tensors, name: str, size: int) -> np.ndarray:
-    name = f"{name}.weight"
-    weight = tensors.take(name, (size,), FLOATS).astype(np.float32)
-    if not np.isfinite(weight).all():
-        raise tensors.fault(name, "finite", "NaN or Inf")
-    return weight
-
-
 def _read_matrix(tensors: Tensors, name: str, shape: tuple[int, int], scheme: str) -> TernaryMatrix:
     """One linear layer's weights [out, in], brought to packed codes and a scale that multiplies."""
     weight = f"{name}.weight"
     if scheme == "master":
-        master = tensors.take(weight, shape, FLOATS)
-        if not np.isfinite(master).all():
-            raise tensors.fault(weight, "finite", "NaN or Inf")
+        stored = tensors.take(weight, shape, FLOATS)
+        master = stored.array()
+        refuse_nonfinite(stored.file, weight, master)
         codes, scale = absmean_ternary(master)
+        stored.release()
         return TernaryMatrix(pack_hf(codes), scale)
-    stored = tensors.take(f"{name}.weight_scale", (1,), FLOATS).astype(np.float32)[0]
-    if not 0 < stored < np.inf:
-        raise tensors.fault(f"{name}.weight_scale", "positive and finite", str(stored))
-    scale = stored if scheme == "multiply" else np.float32(1) / stored
-    if scheme == "multiply" and tensors.stores_floats(weight):
-        return TernaryMatrix(_pack_floats(tensors, weight, shape), scale)
+    scale = tensors.take(f"{name}.weight_scale", (1,), FLOATS)
+    number = scale.array().astype(np.float32)[0]
+    with np.errstate(divide="ignore", over="ignore"):
+        factor = number if scheme == "multiply" else np.float32(1) / number
+    if not (0 < number < np.inf and 0 < factor < np.inf):
+        raise fault(scale.file, f"{name}.weight_scale", "positive and finite", str(number))
+    unpacked = weight in tensors.stored and tensors.stored[weight].kind in FLOATS
+    if scheme == "multiply" and unpacked:
+        return TernaryMatrix(_pack_floats(tensors, weight, shape), factor)
     rows, columns = shape
-    packed = tensors.take(weight, (rows // 4, columns), {"U8": np.uint8})
+    stored = tensors.take(weight, (rows // 4, columns), ("U8",))
+    packed = stored.array()
     if invalid := count_invalid(packed):
-        raise tensors.fault(weight, "pairs of bits 00, 01 or 10", f"11 in {invalid} byte(s)")
-    return TernaryMatrix(packed, scale)
+        found = f"11 in {invalid} byte(s)"
+        raise fault(stored.file, weight, "pairs of bits 00, 01 or 10", found)
+    return TernaryMatrix(packed, factor)
 
 
 def _pack_floats(tensors: Tensors, name: str, shape: tuple[int, int]) -> np.ndarray:
     """Pack a matrix stored unpacked, as floats that must be exactly -1, 0 or +1."""
-    values = tensors.take(name, shape, FLOATS).astype(np.float32)
+    stored = tensors.take(name, shape, FLOATS)
+    values = stored.array().astype(np.float32)
+    stored.release()
     try:
         return pack_hf(values)
     except ValueError:
         other = values[~np.isin(values, (-1, 0, 1))][0]
-        raise tensors.fault(name, "-1, 0 or +1 in every place", str(other)) from None
+        raise fault(stored.file, name, "-1, 0 or +1 in every place", str(other)) from None
 
 
 class Tensor(NamedTuple):
@@ -230,19 +257,38 @@ class Tensor(NamedTuple):
 
 
 def write_folder(
-    folder: Path, config: BitNetConfig, weights: Weights, *, master: bool = False
+    folder: Path,
+    config: BitNetConfig,
+    weights: Weights,
+    tokenizer: Tokenizer | None = None,
+    *,
+    tokenizer_from: Path | None = None,
+    master: bool = False,
 ) -> None:
-    """Write config.json and model.safetensors: packed like Microsoft's, or as bf16 master weights.
-
-    transformers loads both. Raises CheckpointError for a matrix that has no bf16 master weights.
+    """Write a new model folder: packed like Microsoft's, or as bf16 master weights. transformers
+    loads both. Its tokenizer is `tokenizer`, or the files of the folder `tokenizer_from` as they
+    are. Raises CheckpointError for a matrix that has no bf16 master weights, InputError if the
+    folder exists; either the whole of it gets there or nothing.
     """
-    folder.mkdir()
+    if folder.exists():
+        raise InputError(f"{folder} exists already: remove it or choose another name")
     tensors = file_tensors(weights, master=master)
-    raw = config_json(config, tied=weights.tied, master=master)
-    raw["dtype"] = max(tensors, key=lambda tensor: tensor.dtype.itemsize).dtype.name
-    (folder / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
+    size = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors) + 2**24
+    with all_or_nothing(folder, size) as new:
+        new.mkdir()
+        raw = config_json(config, tied=weights.tied, master=master)
+        raw["dtype"] = max(tensors, key=lambda tensor: tensor.dtype.itemsize).dtype.name
+        write_json(new / "config.json", raw)
+        _write_tensors(new / SINGLE, tensors)
+        if tokenizer_from:
+            _copy_tokenizer(tokenizer_from, new)
+        elif tokenizer:
+            _write_tokenizer(new, config, tokenizer)
+
+
+def _write_tensors(path: Path, tensors: list[Tensor]) -> None:
     header = safetensors_header(tensors)
-    with (folder / "model.safetensors").open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors:
             data = np.ascontiguousarray(tensor.make())
@@ -359,23 +405,20 @@ def _bf16_below(value: float) -> np.ndarray:
     return nearest if float(nearest) <= value else np.nextafter(nearest, BF16(0))
 
 
-def write_tokenizer(
-    folder: Path, config: BitNetConfig, tokenizer: Tokenizer | None, source: Path | None
-) -> None:
-    """The source's own tokenizer files; new ones if the source is a GGUF file."""
-    if source:
-        for name in TOKENIZER_FILES:
-            if (source / name).exists():
-                shutil.copyfile(source / name, folder / name)
-    elif tokenizer:
-        tokenizer.backend.save(str(folder / "tokenizer.json"))
-        about = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": tokenizer.bos_token,
-            "eos_token": tokenizer.eos_token,
-            "chat_template": tokenizer.chat_template,
-            "model_max_length": config.max_position_embeddings,
-            "clean_up_tokenization_spaces": False,
-        }
-        text = json.dumps(about, indent=2, ensure_ascii=False)
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _write_tokenizer(folder: Path, config: BitNetConfig, tokenizer: Tokenizer) -> None:
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "chat_template": tokenizer.chat_template,
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", about)

@@ -5,7 +5,7 @@ Ternary weights as packed uint8 [out/4, in] with a bf16 `weight_scale` [1] that 
 loads it.
 """
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,10 +13,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from bitnet_edu.files.atomic import all_or_nothing
+from bitnet_edu.files.config import config_json, write_json
 from bitnet_edu.packing import pack_hf
 from bitnet_edu.quantize import absmean_ternary
-from bitnet_edu.training.model import BitNetForTraining, ModelShape
+from bitnet_edu.training.model import BitNetForTraining
 from bitnet_edu.training.tokenizer import BEGIN, END, END_OF_TURN, save_tokenizer
+from bitnet_edu.weights import BitNetConfig
 
 
 def packed_state(model: BitNetForTraining) -> dict[str, Tensor]:
@@ -33,37 +36,6 @@ def packed_state(model: BitNetForTraining) -> dict[str, Tensor]:
     return state
 
 
-def config_json(shape: ModelShape, tokenizer: Tokenizer) -> dict:
-    """config.json, with the fields of microsoft/bitnet-b1.58-2B-4T."""
-    return {
-        "architectures": ["BitNetForCausalLM"],
-        "model_type": "bitnet",
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.num_hidden_layers,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "max_position_embeddings": shape.max_position_embeddings,
-        "hidden_act": "relu2",
-        "rms_norm_eps": shape.rms_norm_eps,
-        "rope_theta": shape.rope_theta,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": True,
-        "use_cache": True,
-        "bos_token_id": tokenizer.token_to_id(BEGIN),
-        "eos_token_id": tokenizer.token_to_id(END),
-        "torch_dtype": "bfloat16",
-        "quantization_config": {
-            "quant_method": "bitnet",
-            "linear_class": "autobitlinear",
-            "quantization_mode": "offline",
-        },
-    }
-
-
 def generation_config_json(tokenizer: Tokenizer, max_length: int) -> dict:
     """generation_config.json: both end marks stop an answer; greedy unless asked otherwise."""
     return {
@@ -76,14 +48,19 @@ def generation_config_json(tokenizer: Tokenizer, max_length: int) -> dict:
 
 
 def export(model: BitNetForTraining, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write model, configuration and tokenizer into `folder` (made if need be)."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write model, configuration and tokenizer into `folder` (made if need be).
+
+    Whoever stops it, there is a whole model afterwards or none that loads.
+    """
     shape = model.shape
-    save_file(packed_state(model), folder / "model.safetensors", metadata={"format": "pt"})
-    files = {
-        "config.json": config_json(shape, tokenizer),
-        "generation_config.json": generation_config_json(tokenizer, shape.max_position_embeddings),
-    }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    save_tokenizer(tokenizer, folder, shape.max_position_embeddings)
+    begin, end = tokenizer.token_to_id(BEGIN), tokenizer.token_to_id(END)
+    config = BitNetConfig(**asdict(shape), bos_token_id=begin, eos_token_ids=(end,))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with all_or_nothing(folder) as new:
+        new.mkdir()
+        save_file(packed_state(model), new / "model.safetensors", metadata={"format": "pt"})
+        about = config_json(config, tied=True, master=False) | {"dtype": "bfloat16"}
+        write_json(new / "config.json", about)
+        length = shape.max_position_embeddings
+        write_json(new / "generation_config.json", generation_config_json(tokenizer, length))
+        save_tokenizer(tokenizer, new, length)

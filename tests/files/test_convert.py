@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from bitnet_edu import BitNetError, CheckpointError, InputError, cli, load
 from bitnet_edu.files import convert as module
+from bitnet_edu.files.atomic import all_or_nothing
 from bitnet_edu.files.convert import FORMATS, convert
 from bitnet_edu.files.hf import file_tensors, master_weights, safetensors_header, write_folder
 from bitnet_edu.files.source import TINY, find_model, read_model
@@ -154,7 +155,8 @@ def test_what_one_should_know_is_said(tmp_path):
     (note,) = convert(str(tmp_path / "a"), tmp_path / "c", "hf-bf16").notes
     assert "not the training's" in note
     source = str(write(tmp_path / "model", Recipe("packed", "float32", **WIDE)))
-    (note,) = convert(source, tmp_path / "d.gguf").notes
+    note, cut = convert(source, tmp_path / "d.gguf").notes
+    assert "does not cut text like Llama 3" in cut
     before, after = read(source)[1].embedding, read(tmp_path / "d.gguf")[1].embedding
     assert note.startswith(f"{np.count_nonzero(before != after):,} of {before.size:,} embedding")
     assert f"at most {np.abs(before - after).max():.1e}" in note
@@ -223,13 +225,15 @@ def test_both_i2s_layouts_are_written_and_told_apart(tmp_path):
 
 
 def test_random_2b4t_is_a_model_of_that_shape(tmp_path, monkeypatch):
-    small = BITNET_2B4T._replace(vocab_size=64, num_hidden_layers=1, hidden_size=1280)
+    small = BITNET_2B4T._replace(vocab_size=2100, num_hidden_layers=1, hidden_size=1280)
     small = small._replace(num_attention_heads=10, intermediate_size=256)
     monkeypatch.setattr(module, "BITNET_2B4T", small)
     convert("random-2b4t", tmp_path / "model")
     config, weights, tokenizer = read(tmp_path / "model")
-    assert config == small
-    assert tokenizer is None
+    assert config == small._replace(bos_token_id=2045, eos_token_ids=(2046, 2047))
+    tiny = load("tiny").tokenizer
+    assert tokenizer.apply_chat_template(CHAT) == tiny.apply_chat_template(CHAT)
+    assert tokenizer.decode([*tiny.encode("Hi"), 2099]) == "Hi[PAD2099]"
     assert_equal(weights, random_weights(small), False)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -296,7 +300,7 @@ def test_a_failing_disk_leaves_nothing_behind(tmp_path, full_disk, form):
 
 def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path):
     def interrupted():
-        with module.all_or_nothing(tmp_path / "model", 0) as temporary:
+        with all_or_nothing(tmp_path / "model", 0) as temporary:
             temporary.write_bytes(b"half")
             raise KeyboardInterrupt
 
@@ -328,6 +332,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 def test_master_weights_are_never_all_in_memory(tmp_path):
     shape = BITNET_2B4T._replace(vocab_size=64, num_hidden_layers=12, hidden_size=512)
     shape = shape._replace(num_attention_heads=4, num_key_value_heads=4, intermediate_size=2048)
+    shape = shape._replace(bos_token_id=None, eos_token_ids=())
     write_folder(tmp_path / "model", shape, random_weights(shape), master=True)
     size = (tmp_path / "model" / "model.safetensors").stat().st_size
     run = [sys.executable, "-c", LOAD, str(tmp_path / "model")]
