@@ -5,11 +5,13 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from bitnet_edu.generate import BitNetLM
 
 
 def load(
-    source: str = "tiny", *, ternarize: bool = False, i2s_block: int | None = None
+    source: "str | Path" = "tiny", *, ternarize: bool = False, i2s_block: int | None = None
 ) -> "BitNetLM":
     """Load a model: "tiny", a checkpoint folder, a .gguf file, or a hub id such as "org/name".
 

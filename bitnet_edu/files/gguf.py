@@ -365,7 +365,10 @@ def _nbytes(name: str, kind: int, shape: tuple[int, ...]) -> int | None:
         return None
     numbers, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     if shape[-1] % numbers:
-        raise ValueError(f"rows of {name} are {shape[-1]} long, not in blocks of {numbers}")
+        raise BitNetError(
+            f"holds {name} as {_type_name(kind)} in rows of {shape[-1]}, which are not whole "
+            f"blocks of {numbers}: use F16"
+        )
     return math.prod(shape) // numbers * size
 
 

@@ -11,6 +11,9 @@ import hashlib
 import json
 import re
 import shutil
+import socket
+import ssl
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
@@ -20,6 +23,23 @@ from bitnet_edu.errors import DownloadError
 MODEL = "microsoft/bitnet-b1.58-2B-4T"
 LARGE = 10_000_000  # bytes from which a file is worth continuing
 PATTERNS = ["*.safetensors", "*.gguf", "*.json", "*.jinja", "LICENSE*"]
+RECORD = "bitnet_edu-verified.json"  # in a model's folder of the cache: what belongs there
+ELSEWHERE = "move the cache (HF_HOME) to another place"
+LOCAL_FAULTS = {  # of this machine, not of the network
+    errno.ENOSPC: f"free some room, or {ELSEWHERE}",
+    errno.EDQUOT: f"free some room, or {ELSEWHERE}",
+    errno.EROFS: f"the disk can only be read; {ELSEWHERE}",
+    errno.EACCES: f"allow it, or {ELSEWHERE}",
+    errno.EPERM: f"allow it, or {ELSEWHERE}",
+    errno.EIO: f"the disk, or the connection to it, fails; {ELSEWHERE}",
+    errno.ENAMETOOLONG: f"{ELSEWHERE}, of a shorter name",
+    errno.ENOTDIR: f"a part of the path is not a folder; {ELSEWHERE}",
+    errno.EEXIST: f"a file stands where a folder must be; remove it, or {ELSEWHERE}",
+    errno.ELOOP: f"links lead round in a circle; {ELSEWHERE}",
+    errno.EMFILE: "close other files or models, or raise `ulimit -n`",
+    errno.ENFILE: "close other programs",
+    errno.ENOMEM: "close other programs",
+}
 
 
 class Pin(NamedTuple):
@@ -50,8 +70,8 @@ PINS = {
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether `source` has the form owner/name."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
+    """Whether `source` has the form owner/name, and not of a path such as ./name."""
+    return re.fullmatch(r"(?!\.{1,2}/)[\w.-]+/[\w.-]+", source) is not None
 
 
 def download(
@@ -82,7 +102,9 @@ def download(
 
 def is_cached(repo: str = MODEL) -> bool:
     """Whether `download` would find the whole model in the cache, without using the network."""
-    return _cached(repo, *_pinned(repo, None)) is not None
+    with suppress(Exception):
+        return _cached(repo, *_pinned(repo, None)) is not None
+    return False
 
 
 def _pinned(repo: str, revision: str | None) -> tuple[str | None, dict[str, str]]:
@@ -108,24 +130,47 @@ def _cached(repo: str, revision: str | None, checksums: dict[str, str]) -> Path 
 
 
 def _is_complete(folder: Path, checksums: dict[str, str]) -> bool:
-    """Whether all files of a model are there; what is in them is checked later."""
-    if not all((folder / name).exists() for name in checksums):
+    """Whether all files of a model are there; what is in them is checked later.
+
+    All are those that the hub listed when we fetched them. Of what others put into the cache is
+    asked what the model can't answer without: the tokenizer's settings too.
+    """
+    listed = (key.partition("/") for key in _read_record(folder))
+    names = {name for revision, _, name in listed if revision == folder.name}
+    if not all((folder / name).exists() for name in (*checksums, *names)):
         return False
     index = folder / "model.safetensors.index.json"
+    shards = {"model.safetensors"}
     if index.exists():
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError):
             return False
-    else:
-        shards = {"model.safetensors"}
-    return any(folder.glob("*.gguf")) or all(
-        (folder / name).exists() for name in ("config.json", *shards)
-    )
+    needed = {"config.json", *shards}
+    needed |= set() if names else {"tokenizer.json", "tokenizer_config.json"}
+    return any(folder.glob("*.gguf")) or all((folder / name).exists() for name in needed)
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """ "REVISION/FILE" -> [size, time of change] when its checksum was right, or null before."""
+    try:
+        known = json.loads((folder.parent.parent / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write_record(folder: Path, known: dict[str, Any]) -> None:
+    record = folder.parent.parent / RECORD
+    with suppress(OSError):  # a cache that can't be written to is checked at every load
+        new = record.with_suffix(".new")
+        new.write_text(json.dumps(known), encoding="utf-8")
+        new.replace(record)
 
 
 def _fetch(repo: str, revision: str | None, tqdm_class: type | None) -> Path:
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.file_download import repo_folder_name
     from huggingface_hub.utils import tqdm
 
     class Silent(tqdm):
@@ -139,12 +184,57 @@ def _fetch(repo: str, revision: str | None, tqdm_class: type | None) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     needed, free = sum(f.file_size or 0 for f in missing), shutil.disk_usage(cache).free
     if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+        found = f"No room: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+        raise OSError(errno.ENOSPC, found, str(cache))
+    home = cache / repo_folder_name(repo_id=repo, repo_type="model")
+    if plan:
+        folder = home / "snapshots" / plan[0].commit_hash
+        home.mkdir(exist_ok=True)
+        known = _read_record(folder)
+        listed = (f"{folder.name}/{file.filename}" for file in plan)
+        _write_record(folder, dict.fromkeys(listed) | known)
     for file in missing:
         if (file.file_size or 0) >= LARGE:
             _fetch_large(repo, file.filename, file.commit_hash, tqdm_class)
     # the rest is small, and the large files that it finds in the cache are only linked
-    return Path(snapshot_download(repo, tqdm_class=Silent, **wanted))
+    folder = Path(snapshot_download(repo, tqdm_class=Silent, **wanted))
+    for file in plan:
+        _refuse_cut_off(folder / file.filename, file.file_size)
+    _remove_abandoned(home)
+    return folder
+
+
+def _refuse_cut_off(path: Path, size: int | None) -> None:
+    """Old versions of the library take what came before a connection broke for the whole file."""
+    found = path.stat().st_size if path.exists() else 0
+    if size is not None and found != size:
+        _remove(path)
+        raise DownloadError(
+            f"{path.name} arrived incomplete ({found:,} of {size:,} bytes) and was removed: "
+            "download again"
+        )
+
+
+def _remove(path: Path) -> None:
+    """Remove a file of a snapshot, and what a link leads to."""
+    blob = path.parent / path.readlink() if path.is_symlink() else path
+    path.unlink(missing_ok=True)
+    blob.unlink(missing_ok=True)
+
+
+def _remove_abandoned(home: Path) -> None:
+    """Remove what killed downloads left and nobody will continue: the library names it anew each
+    time. Only where the library's lock is free, so that nobody is writing there.
+    """
+    from huggingface_hub.utils import WeakFileLock
+
+    for partial in (home / "blobs").glob("*.incomplete"):
+        etag = partial.name.split(".")[0]
+        to_continue = partial.name == f"{etag}.incomplete" and not (home / "blobs" / etag).exists()
+        lock = home.parent / ".locks" / home.name / f"{etag}.lock"
+        if not to_continue:
+            with suppress(Exception), WeakFileLock(lock, timeout=0.01):
+                partial.unlink(missing_ok=True)
 
 
 def _fetch_large(repo: str, filename: str, revision: str, tqdm_class: type | None) -> None:
@@ -188,11 +278,7 @@ def _verify(folder: Path, checksums: dict[str, str]) -> None:
     What a file should be is known from the pins, or from the name that the hub's cache gives its
     contents. The file of past checks holds sizes and times, so that later loads cost nothing.
     """
-    record = folder.parent.parent / "bitnet_edu-verified.json"
-    try:
-        known = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
+    known = _read_record(folder)
     before = dict(known)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         key = path.relative_to(folder.parent).as_posix()
@@ -203,20 +289,14 @@ def _verify(folder: Path, checksums: dict[str, str]) -> None:
         if known.get(key) == mark:
             continue
         if (found := _digest(blob, expected)) != expected:
-            path.unlink()
-            blob.unlink(missing_ok=True)
+            _remove(path)
             raise DownloadError(
                 f"{path.name} arrived damaged: its checksum is {found}, not {expected}. It was "
                 "removed; download again, without a mirror if one is set in HF_ENDPOINT"
             )
         known[key] = mark
     if known != before:
-        try:
-            new = record.with_suffix(".new")
-            new.write_text(json.dumps(known), encoding="utf-8")
-            new.replace(record)
-        except OSError:
-            pass  # a cache that can't be written to is checked at every load
+        _write_record(folder, known)
 
 
 def _digest(path: Path, like: str) -> str:
@@ -232,38 +312,98 @@ def _digest(path: Path, like: str) -> str:
 
 def _explain(error: BaseException, repo: str) -> str:
     """One sentence on what went wrong, one on what to do."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
-
-    hub, chain = constants.ENDPOINT, [error]
+    chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
-    for cause in chain:
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return (
-                f"no room on the disk for {repo} ({cause}): free some, or move the cache (HF_HOME)"
-            )
-        if isinstance(cause, PermissionError):
-            return f"{cause.filename} cannot be written: allow it, or move the cache (HF_HOME)"
-        if isinstance(cause, HFValidationError):
-            return f"{repo!r} cannot be the name of a model on the hub: it should be owner/name"
-        if isinstance(cause, OfflineModeIsEnabled):
-            return (
-                f"{repo} is not in the cache and HF_HUB_OFFLINE forbids to fetch it: unset that, "
-                "or copy the cache of a machine that has the model"
-            )
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        if status in (401, 403):
-            return (
-                f"{hub} refuses access to {repo} (status {status}): check the name, and if it is "
-                "right, log in (`hf auth login`, or HF_TOKEN) with an account that may read it"
-            )
-        if status == 404:
-            return f"{hub} has no {repo}, or not this revision or file of it: check the name"
-        if status is not None:
-            return f"{hub} answered with status {status}: try again later"
-    reason = str(chain[-1]).strip().split("\n")[0] or type(chain[-1]).__name__
+    for explain in (_explain_disk, _explain_answer, _explain_connection):
+        for cause in chain:
+            if text := explain(cause, repo):
+                return text
+    return _transfer_failed(chain[-1])
+
+
+def _explain_disk(cause: BaseException, repo: str) -> str | None:
+    code = getattr(cause, "errno", None)
+    if not isinstance(cause, OSError) or code not in LOCAL_FAULTS:
+        return None
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return f"no room on the disk for {repo} ({cause}): {LOCAL_FAULTS[code]}"
+    if code in (errno.EACCES, errno.EPERM) and not cause.filename:
+        return None  # a connection that is not allowed
     return (
-        f"the transfer from {hub} failed ({reason}): check the network, or set HF_ENDPOINT to a "
-        "mirror, and try again; a large file continues where it stopped"
+        f"{cause.filename or 'the cache'} cannot be used ({cause.strerror}): {LOCAL_FAULTS[code]}"
+    )
+
+
+def _explain_answer(cause: BaseException, repo: str) -> str | None:
+    """What the hub, or whoever answered for it, says."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import FileMetadataError, HFValidationError, OfflineModeIsEnabled
+
+    hub, status = constants.ENDPOINT, getattr(getattr(cause, "response", None), "status_code", None)
+    if isinstance(cause, HFValidationError):
+        return f"{repo!r} cannot be the name of a model on the hub: it should be owner/name"
+    if isinstance(cause, OfflineModeIsEnabled):
+        return (
+            f"{repo} is not in the cache and HF_HUB_OFFLINE forbids to fetch it: unset that, "
+            "or copy the cache of a machine that has the model"
+        )
+    if isinstance(cause, json.JSONDecodeError | FileMetadataError | UnicodeDecodeError):
+        return (
+            f"what answers at {hub} is not a hub: if this network has a login page, log in there "
+            "with a browser; else check HF_ENDPOINT"
+        )
+    if status in (401, 403):
+        return (
+            f"{hub} refuses access to {repo} (status {status}): check the name, and if it is "
+            "right, log in (`hf auth login`, or HF_TOKEN) with an account that may read it"
+        )
+    if status == 404:
+        return f"{hub} has no {repo}, or not this revision or file of it: check the name"
+    if status == 407:
+        return f"the proxy wants a name and a password (status {status}): give them in HTTPS_PROXY"
+    if status == 429:
+        return (
+            f"{hub} was asked too often (status {status}): wait some minutes, or log in "
+            "(`hf auth login`, or HF_TOKEN), which allows more"
+        )
+    if status is not None:
+        return f"{hub} answered with status {status}: try again later"
+    return None
+
+
+def _explain_connection(cause: BaseException, repo: str) -> str | None:
+    """Why no answer came. The names of errors are those of the library's own library, httpx."""
+    from huggingface_hub import constants
+
+    hub, kind = constants.ENDPOINT, type(cause).__name__
+    if kind in ("UnsupportedProtocol", "InvalidURL", "LocalProtocolError"):
+        return f"{hub!r} is no address of a hub ({cause}): unset HF_ENDPOINT, or mend it"
+    if isinstance(cause, ssl.SSLError) or "CERTIFICATE_VERIFY_FAILED" in str(cause):
+        return (
+            f"the connection to {hub} is not secure ({cause}): check this machine's clock, and if "
+            "the network's owner reads along, name his certificate in SSL_CERT_FILE"
+        )
+    if kind == "ProxyError":
+        return f"the proxy does not connect to {hub} ({cause}): check HTTPS_PROXY"
+    if isinstance(cause, socket.gaierror):
+        return (
+            f"the address of {hub} can't be found ({cause}): check the network, or HF_ENDPOINT if "
+            "it is set"
+        )
+    if isinstance(cause, TimeoutError) or "Timeout" in kind:
+        return (
+            f"{hub} did not answer in time: check the network, or allow more seconds in "
+            "HF_HUB_DOWNLOAD_TIMEOUT; a large file continues where it stopped"
+        )
+    return None
+
+
+def _transfer_failed(cause: BaseException) -> str:
+    from huggingface_hub import constants
+
+    reason = str(cause).strip().split("\n")[0] or type(cause).__name__
+    return (
+        f"the transfer from {constants.ENDPOINT} failed ({reason}): check the network, or set "
+        "HF_ENDPOINT to a mirror, and try again; a large file continues where it stopped"
     )

@@ -22,10 +22,11 @@ def find_model(source: str | Path) -> Path:
     """
     if not isinstance(source, str | Path) or not str(source) or "\0" in str(source):
         raise InputError(f"a model is named by text, such as 'tiny' or a path, not by {source!r}")
-    path = TINY if source == "tiny" else Path(source).expanduser()
+    path = TINY if source == "tiny" else Path(source)
     try:
-        found = path.exists()
-    except OSError as error:
+        path = path.expanduser()
+        found = path.exists() or path.suffix.lower() == ".gguf"
+    except (OSError, RuntimeError) as error:  # a name too long, nobody's home
         raise unreadable(path, error) from None
     if not found and is_hub_id(str(source)):
         try:
