@@ -1,0 +1,242 @@
+"""Damage a small model in a seeded way and load it: `python fuzz.py KIND COUNT SEED FOLDER`.
+
+The rule: `BitNetError`, or a right answer. Each input has 20 seconds and all have 1 GB of memory.
+Prints the number of inputs that loaded; whatever else is printed or raised is a finding.
+"""
+
+import copy
+import json
+import random
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import gguf_files
+import numpy as np
+from safetensors import deserialize
+
+from bitnet_edu import BitNetError
+from bitnet_edu.files.hf import MATRICES
+from bitnet_edu.files.source import find_model, read_model
+from bitnet_edu.model import BitNet
+
+SECONDS = 20
+MEMORY = 2**30
+NASTY = [
+    *(0, -1, 1, 2, 3, 4, 5, 7, 64, 127, 128, 255, 256, 2**16, 2**24, 2**31 - 1, 2**31, 2**32),
+    *(2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1, 10**30, 10**400, -(2**63), 0.5, -0.0, 1e300, 4.0),
+    *(
+        float("nan"),
+        float("inf"),
+        None,
+        True,
+        False,
+        "",
+        "x",
+        "\ud800",
+        "\x1b[31m\n",
+        "0",
+        "a" * 999,
+    ),
+    *([], {}, [[]], [1], [[1, [2]]], {"a": {}}, [0] * 70, [None], ["x"], [1, 2, 3, 4], [2**63, 0]),
+    *(
+        "../../etc/passwd",
+        "/dev/zero",
+        "model.safetensors",
+        "bitnet",
+        "BF16",
+        "F32",
+        "U8",
+        "default",
+    ),
+]
+
+
+def main(kind: str, count: int, seed: int, folder: Path) -> None:
+    origin = make(kind, folder / "origin")
+    damage = {"safetensors": damage_safetensors, "config": damage_config, "gguf": damage_gguf}[kind]
+    load(origin)  # whatever is compiled or imported is so before memory is counted
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    signal.signal(signal.SIGALRM, too_long)
+    loaded = 0
+    for number in range(count):
+        rng = random.Random(f"{kind} {seed} {number}")
+        case = folder / "case"
+        shutil.rmtree(case, ignore_errors=True)
+        shutil.copytree(origin if origin.is_dir() else origin.parent, case)
+        what = damage(case, rng)
+        signal.alarm(SECONDS)
+        try:
+            loaded += check(kind, case)
+        except BaseException:
+            print(f"{kind} {seed} {number}: {what}", flush=True)
+            raise
+        finally:
+            signal.alarm(0)
+    print(loaded)
+
+
+def too_long(*_: Any) -> None:
+    raise AssertionError(f"more than {SECONDS} seconds")
+
+
+def load(path: Path) -> tuple:
+    config, weights, _ = read_model(find_model(str(path)))
+    return config, weights, BitNet(config, weights).logits(np.arange(2) % config.vocab_size)
+
+
+def check(kind: str, case: Path) -> bool:
+    """Whether it loads. If so, the answer must be right: what the file says, in finite numbers."""
+    try:
+        config, weights, logits = load(case)
+    except BitNetError as error:
+        if not str(error).isprintable():
+            raise AssertionError(repr(error)) from error
+        return False
+    assert logits.shape == (2, config.vocab_size)
+    if kind == "config":  # elsewhere numbers may have become huge, and say so
+        assert np.isfinite(logits).all()
+    single = case / "model.safetensors"
+    if single.exists() and kind != "gguf":
+        stored = {name: about["data"] for name, about in deserialize(single.read_bytes())}
+        for index, layer in enumerate(weights.layers):
+            for field, name in MATRICES.items():
+                packed = getattr(layer, field).packed.tobytes()
+                assert packed == stored[f"model.layers.{index}.{name}.weight"]
+        assert weights.embedding.tobytes() == stored["model.embed_tokens.weight"]
+    return True
+
+
+def make(kind: str, folder: Path) -> Path:
+    if kind == "gguf":
+        folder.mkdir(parents=True)
+        shape = gguf_files.SHAPE._replace(num_hidden_layers=1)
+        keys = gguf_files.real_keys(shape)
+        tensors = gguf_files.random_tensors(shape)
+        return gguf_files.write_real(folder / "model.gguf", tensors, keys)
+    checkpoints.write(folder, checkpoints.Recipe(shards=2 if kind == "config" else 1))
+    (folder / "generation_config.json").write_text('{"bos_token_id": 0, "eos_token_id": [1, 2]}')
+    return folder
+
+
+def damage_config(case: Path, rng: random.Random) -> str:
+    names = ["config.json", "generation_config.json", "model.safetensors.index.json"]
+    path = case / rng.choice([names[0], *names])
+    content = path.read_bytes()
+    if rng.random() < 0.7:
+        path.write_bytes(dump(damage_json(json.loads(content), rng)))
+    else:
+        path.write_bytes(damage_bytes(content, rng))
+    return f"{path.name}: {path.read_bytes()[:2000]!r}"
+
+
+def damage_safetensors(case: Path, rng: random.Random) -> str:
+    path = case / "model.safetensors"
+    content = path.read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    header, data = content[8:size], content[size:]
+    way = rng.randrange(5)
+    if way == 0:
+        header = dump(damage_json(json.loads(header), rng))
+    elif way == 1:
+        header = damage_bytes(header, rng)
+    elif way == 2:
+        data = damage_bytes(data, rng)
+    length = len(header) if way != 3 else rng.choice([*range(9), size + 1, 2**31, 2**63, 2**64 - 1])
+    content = length.to_bytes(8, "little") + header + data
+    path.write_bytes(damage_bytes(content, rng) if way == 4 else content)
+    return f"way {way}: {path.read_bytes()[:6000]!r}"
+
+
+def damage_gguf(case: Path, rng: random.Random) -> str:
+    path = case / "model.gguf"
+    content = path.read_bytes()
+    end = content.index(b"token_embd.weight") + 2000  # of the header, about
+    way = rng.randrange(4)
+    if way == 0:
+        content = content[: rng.randrange(len(content))]
+    elif way == 1:  # a number in the header becomes another
+        place, width = rng.randrange(4, end), rng.choice([4, 8])
+        number = rng.choice([n for n in NASTY if type(n) is int and 0 <= n < 2**64])
+        number = (number % 2 ** (8 * width)).to_bytes(width, "little")
+        content = content[:place] + number + content[place + width :]
+    elif way == 2:  # near the keys of the shape and the table of tensors, where it hurts
+        near = [
+            b"bitnet-b1.58.",
+            b"tokenizer.ggml.",
+            b"general.",
+            b"blk.0.",
+            b"token_embd",
+            b"output",
+        ]
+        word = rng.choice(near)
+        places = [i for i in range(end) if content.startswith(word, i)]
+        place = rng.choice(places) + rng.randrange(-12, 60)
+        content = (
+            content[:place] + damage_bytes(content[place : place + 16], rng) + content[place + 16 :]
+        )
+    else:
+        content = damage_bytes(content[:end], rng) + content[end:]
+    path.write_bytes(content)
+    return f"way {way}, {len(content)} bytes"
+
+
+def damage_bytes(content: bytes, rng: random.Random) -> bytes:
+    content = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        place = rng.randrange(len(content)) if content else 0
+        length = rng.choice([1, 1, 4, 8, 100])
+        part = content[place : place + length]
+        ways: list[Callable[[], bytes]] = [
+            lambda part=part: rng.randbytes(len(part)),
+            lambda part=part: bytes(byte ^ 1 << rng.randrange(8) for byte in part),
+            lambda: b"",
+            lambda part=part: bytes(part * 2),
+            lambda part=part: b"\xff" * len(part),
+            lambda part=part: bytes(len(part)),
+        ]
+        content[place : place + length] = rng.choice(ways)()
+        if rng.random() < 0.1:
+            del content[rng.randrange(len(content) + 1) :]
+    return bytes(content)
+
+
+def damage_json(value: Any, rng: random.Random) -> Any:
+    """Change a few places of a tree."""
+    value = copy.deepcopy(value)
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
+        node = value
+        while node and rng.random() < 0.8:
+            key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+            if not isinstance(node[key], dict | list) or not node[key]:
+                break
+            node = node[key]
+        if not node or not isinstance(node, dict | list):
+            return rng.choice(NASTY)
+        key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+        way = rng.randrange(6)
+        if way == 0:
+            del node[key]
+        elif way == 1 and isinstance(node, dict):
+            node[rng.choice([*node, "x", "\x1b", "head_dim", "rope_scaling"])] = node.pop(key)
+        elif way == 2 and isinstance(node, dict):
+            node["twice"] = node[key]
+        elif way == 3 and type(node[key]) is int:
+            node[key] += rng.choice([-4, -1, 1, 4, 2**31, 2**64])
+        else:
+            node[key] = copy.deepcopy(rng.choice(NASTY))
+    return value
+
+
+def dump(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
