@@ -255,20 +255,25 @@ def _fetch_large(repo: str, filename: str, revision: str, tqdm_class: type | Non
     lock = cache / ".locks" / folder / f"{found.etag}.lock"  # the library's own
     for path in (partial, lock):
         path.parent.mkdir(parents=True, exist_ok=True)
+    options = {"headers": headers, "expected_size": found.size, "displayed_filename": filename}
+    options |= {"tqdm_class": tqdm_class} if tqdm_class else {}
     with WeakFileLock(lock):
-        done = partial.stat().st_size if partial.exists() else 0
-        if done > (found.size or done):
-            partial.unlink()
-            done = 0
-        options = {"resume_size": done, "headers": headers, "expected_size": found.size}
-        options |= {"tqdm_class": tqdm_class} if tqdm_class else {}
-        try:
-            with partial.open("ab") as file:
-                http_get(found.location, file, displayed_filename=filename, **options)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
+        finished = False
+        while not finished:
+            done = partial.stat().st_size if partial.exists() else 0
+            if done > (found.size or done):
                 partial.unlink()
-            raise
+                done = 0
+            try:
+                with partial.open("ab") as file:
+                    http_get(found.location, file, resume_size=done, **options)
+                finished = True
+            except Exception as error:
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                    partial.unlink()
+                    raise
+                if partial.stat().st_size <= done:
+                    raise  # else something came before it broke, and old libraries stop here
         partial.replace(partial.with_suffix(""))
 
 

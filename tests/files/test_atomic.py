@@ -1,4 +1,4 @@
-"""A whole file or folder, or nothing: refused, interrupted and killed writers, and who tidies up."""
+"""A whole file or folder, or nothing: refused, interrupted and killed writers; who tidies up."""
 
 import os
 import random
