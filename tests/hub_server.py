@@ -29,6 +29,7 @@ class Hub:
     revisions: tuple[str, ...] = (COMMIT, "main")
     status: int | None = None  # answer every request with this
     error_code: str = ""  # and the hub's own name for it
+    page: bytes = b""  # as this page, like a network that wants to be paid first
     cut_after: list[int] = field(default_factory=list)  # drop connections after so many bytes
     stall_after: int | None = None  # send so many bytes of a large file and then nothing
     damage: bool = False  # flip a byte of each large file
@@ -65,7 +66,7 @@ def running() -> Iterator[Hub]:
             hub.asked.append((self.command, self.path))
             hub.tokens.add(("cdn" if cdn else "hub", self.headers.get("Authorization")))
             if hub.status:
-                return self.send(b"", hub.status, {"X-Error-Code": hub.error_code})
+                return self.send(hub.page, hub.status, {"X-Error-Code": hub.error_code})
             for form, serve in ((CDN, self.serve_cdn), (TREE, self.serve_tree), (FILE, self.serve)):
                 if match := form.match(self.path):
                     return serve(**match.groupdict())

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf_files import write_real
-from hub_server import COMMIT, Hub, running
+from hub_server import COMMIT, Hub, entry, running
 from huggingface_hub import constants, file_download
+from huggingface_hub.utils import WeakFileLock
 
-from bitnet_edu import DownloadError, cli, load
+from bitnet_edu import CheckpointError, DownloadError, cli, load
 from bitnet_edu.files import hub as module
 from bitnet_edu.files.hub import MODEL, PINS, Pin, download, is_cached
 from bitnet_edu.files.source import TINY, find_model
@@ -264,6 +265,68 @@ def test_an_incomplete_snapshot_is_completed(hub, files):
     assert (download(NAME) / WEIGHTS).read_bytes() == files[WEIGHTS]
 
 
+def test_a_file_that_the_library_takes_for_whole_is_not(hub, files, tmp_path, monkeypatch):
+    """As its oldest versions do when a connection breaks; with names that tell no checksum."""
+    original = file_download.http_get
+
+    def cut_off(url, file, **options) -> None:
+        if "tokenizer_config" in url:
+            file.write(files["tokenizer_config.json"][:100])
+        else:
+            original(url, file, **options)
+
+    monkeypatch.setattr(file_download, "http_get", cut_off)
+    monkeypatch.setattr(module, "_digest", lambda path, like: like)
+    with pytest.raises(DownloadError, match=r"tokenizer_config\.json arrived incomplete \(100 of"):
+        download(NAME)
+    assert not is_cached(NAME)
+    monkeypatch.setattr(file_download, "http_get", original)
+    assert (download(NAME) / "tokenizer_config.json").read_bytes() == files["tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_a_snapshot_without_one_of_its_small_files_is_completed(hub, files, name):
+    folder = download(NAME)
+    (folder / name).unlink()
+    assert not is_cached(NAME)
+    assert (download(NAME) / name).read_bytes() == files[name]
+
+
+def test_what_others_put_into_the_cache_must_have_the_tokenizers_settings(hub, files):
+    folder = download(NAME)
+    (folder.parent.parent / module.RECORD).unlink()
+    assert is_cached(NAME)
+    (folder / "tokenizer_config.json").unlink()
+    assert not is_cached(NAME)
+
+
+def test_a_model_that_never_had_a_tokenizer_is_whole(hub, files):
+    hub.repos[NAME] = {name: files[name] for name in ("config.json", WEIGHTS)}
+    folder = download(NAME)
+    asked = len(hub.asked)
+    assert download(NAME) == folder
+    assert len(hub.asked) == asked
+
+
+def test_what_killed_downloads_left_is_removed_unless_somebody_writes_it(hub, files, tmp_path):
+    blobs = tmp_path / "cache" / "models--someone--tiny-bitnet" / "blobs"
+    blobs.mkdir(parents=True)
+    etags = [entry(name, files[name])["oid"] for name in ("config.json", "tokenizer.json")]
+    dead, living = (blobs / f"{etag}.1a2b3c4d.incomplete" for etag in etags)
+    unfinished = blobs / f"{'e' * 40}.incomplete"  # of another revision: it may be continued
+    for path in (dead, living, unfinished):
+        path.write_bytes(b"half")
+    download(NAME)
+    (tmp_path / "cache" / "models--someone--tiny-bitnet" / "snapshots" / COMMIT / WEIGHTS).unlink()
+    assert set(leftovers(tmp_path / "cache")) == {unfinished.name}
+    for path in (dead, living):
+        path.write_bytes(b"half")
+    lock = tmp_path / "cache" / ".locks" / blobs.parent.name / f"{etags[1]}.lock"
+    with WeakFileLock(lock):
+        download(NAME)
+        assert set(leftovers(tmp_path / "cache")) == {unfinished.name, living.name}
+
+
 # --- everything that can be refused --------------------------------------------------------------
 
 
@@ -297,6 +360,8 @@ def test_no_network(hub, monkeypatch):
         (404, "RevisionNotFound", "has no someone/tiny-bitnet, or not this revision"),
         (500, "", "answered with status 500: try again later"),
         (503, "", "answered with status 503: try again later"),
+        (407, "", "the proxy wants a name and a password"),
+        (429, "", "was asked too often .* wait some minutes"),
     ],
 )
 def test_what_the_hub_refuses(hub, status, code, message):
@@ -304,6 +369,68 @@ def test_what_the_hub_refuses(hub, status, code, message):
     with pytest.raises(DownloadError, match=message) as caught:
         download(NAME)
     assert "\n" not in str(caught.value)
+
+
+def test_a_login_page_instead_of_the_hub(hub):
+    hub.status, hub.page = 200, b"<!DOCTYPE html><html><body>Please log in</body></html>"
+    with pytest.raises(DownloadError, match="is not a hub: if this network has a login page"):
+        download(NAME)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "message"),
+    [
+        ("nonsense", "'nonsense' is no address of a hub .* HF_ENDPOINT"),
+        ("http://no-such-host.invalid", "the address of .*invalid can't be found .* HF_ENDPOINT"),
+        ("https", "not secure .* clock"),  # this server's address, which knows no TLS
+    ],
+)
+def test_wrong_addresses(hub, monkeypatch, endpoint, message):
+    endpoint = hub.url.replace("http", "https") if endpoint == "https" else endpoint
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    with pytest.raises(DownloadError, match=message):
+        download(NAME)
+
+
+LOCAL_FAULTS = {
+    errno.EROFS: "can only be read",
+    errno.EIO: "fails",
+    errno.ENAMETOOLONG: "shorter name",
+    errno.ENOTDIR: "not a folder",
+    errno.EEXIST: "a file stands",
+    errno.EACCES: "allow it",
+    errno.EPERM: "allow it",
+    errno.EMFILE: "ulimit -n",
+    errno.EDQUOT: "free some room",
+    errno.ENOSPC: "free some room",
+}
+
+
+@pytest.mark.parametrize("code", LOCAL_FAULTS, ids=errno.errorcode.get)
+def test_faults_of_this_machine_are_not_the_networks(hub, monkeypatch, code):
+    def fail(*args, **options) -> None:
+        raise OSError(code, os.strerror(code), "/mnt/cache/hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(DownloadError, match=LOCAL_FAULTS[code]) as caught:
+        download(NAME)
+    assert "network" not in str(caught.value)
+    assert "HF_HOME" in str(caught.value) or code == errno.EMFILE
+
+
+def test_a_file_where_the_cache_should_be(hub, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    with pytest.raises(DownloadError, match="not a folder; move the cache"):
+        download(NAME)
+
+
+def test_a_path_is_no_name_on_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("./model", "../model", "models/none.gguf"):
+        with pytest.raises(CheckpointError, match=r"none\.gguf is missing|no model at"):
+            load(path)
+    assert not hub.asked
 
 
 def test_a_name_that_is_neither_folder_nor_model(hub):
