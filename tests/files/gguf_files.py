@@ -7,11 +7,11 @@ Known from logs of llama.cpp's loader, from the converter and from ggml-bitnet-m
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from gguf import GGUFValueType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from bitnet_edu.weights import BitNetConfig
@@ -37,6 +37,39 @@ WRONG_TEMPLATE = (
     "'\\n\\nBITNETAssistant: ' + eos_token }}{% elif message['role'] == 'assistant' %}"
     "{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
+
+
+class Quantized(NamedTuple):
+    """Bytes in one of ggml's types, of a shape in numbers."""
+
+    kind: GGMLQuantizationType
+    data: np.ndarray  # uint8[rows, bytes]
+    shape: tuple[int, int]
+
+
+def quantized(kind: str, rows: int, columns: int, seed: int = 0) -> tuple[Quantized, np.ndarray]:
+    """Random blocks, and the numbers that they stand for by ggml's definition (ggml-quants.c)."""
+    rng = np.random.default_rng(seed)
+    size, numbers = {"Q8_0": (34, 32), "Q6_K": (210, 256)}[kind]
+    blocks = rng.integers(0, 256, (rows * columns // numbers, size), np.uint8)
+    scale = rng.uniform(1e-3, 2e-3, len(blocks)).astype(np.float16)
+    place = 0 if kind == "Q8_0" else 208
+    blocks[:, place : place + 2] = scale[:, None].view(np.uint8)
+    values = np.empty((len(blocks), numbers), np.float32)
+    for block, d, out in zip(blocks, scale.astype(np.float32), values, strict=True):
+        signed = block.view(np.int8)
+        if kind == "Q8_0":
+            out[:] = d * signed[2:]
+            continue
+        for i in range(256):  # low 4 bits, high 2 bits, a scale for each 16
+            half, part, j = i // 128, i % 128 // 32, i % 32
+            low = block[64 * half + 32 * (part % 2) + j] >> (4 * (part // 2)) & 15
+            high = block[128 + 32 * half + j] >> (2 * part) & 3
+            factor = d * np.float32(signed[192 + 8 * half + j // 16 + 2 * part])
+            out[i] = factor * np.float32((int(low) | int(high) << 4) - 32)
+    data = blocks.reshape(rows, -1)
+    shape = rows, columns
+    return Quantized(GGMLQuantizationType[kind], data, shape), values.reshape(shape)
 
 
 def llama_tokenizer() -> Tokenizer:
@@ -74,7 +107,10 @@ def llama_tokenizer() -> Tokenizer:
 
 
 def random_tensors(shape: BitNetConfig = SHAPE, seed: int = 0) -> dict[str, Any]:
-    """Tensors in file order: (codes, scale) for a matrix, else an array in the file's dtype."""
+    """Tensors in file order: (codes, scale) for a matrix, else an array in the file's dtype.
+
+    A `Quantized` may stand for the embedding.
+    """
     rng = np.random.default_rng(seed)
     hidden, ffn = shape.hidden_size, shape.intermediate_size
     kv = shape.num_key_value_heads * shape.head_dim
@@ -163,12 +199,14 @@ def write_real(
         writer.add_key_value(key, value, kind)
     data = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, tuple):
+        if isinstance(tensor, Quantized):
+            kind, data[name], shape = int(tensor.kind), tensor.data, tensor.shape
+        elif isinstance(tensor, tuple):
             shape, kind = tensor[0].shape, 36
             data[name] = np.frombuffer(i2s_bytes(*tensor, block), np.uint8)
         else:
             shape, kind, data[name] = tensor.shape, None, tensor
-        dtype = np.dtype(np.int8) if kind else tensor.dtype
+        dtype = np.dtype(np.int8) if kind is not None else tensor.dtype
         writer.add_tensor_info(name, shape, dtype, data[name].nbytes, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

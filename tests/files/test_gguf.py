@@ -1,6 +1,7 @@
 """GGUF: files of the real form are read exactly, ours are read by others, hostile ones refused."""
 
 import contextlib
+import json
 import struct
 import time
 import tracemalloc
@@ -10,18 +11,22 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
-from gguf import GGUFValueType
+from gguf import GGMLQuantizationType, GGUFValueType, TokenType
 from gguf_files import (
+    BASE,
     SHAPE,
     SPECIAL,
     WRONG_TEMPLATE,
+    Quantized,
     llama_tokenizer,
+    quantized,
     random_tensors,
     real_keys,
     write_real,
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from bitnet_edu import CheckpointError, load
 from bitnet_edu.files.gguf import (
@@ -29,6 +34,7 @@ from bitnet_edu.files.gguf import (
     HF_TOKENIZER_KEY,
     I2_S,
     TENSORS,
+    TYPE_NAMES,
     Header,
     _converted,
     read_gguf,
@@ -37,6 +43,7 @@ from bitnet_edu.files.gguf import (
     write_gguf,
 )
 from bitnet_edu.packing import pack_hf, pack_i2s, unpack_hf, unpack_i2s
+from bitnet_edu.reference import BitNetReference
 from bitnet_edu.tokenizer import BITNET_CHAT_TEMPLATE
 from bitnet_edu.weights import TernaryMatrix, random_weights
 
@@ -104,6 +111,204 @@ def test_every_float16_is_bfloat16_or_stays():
     for value in values[~fits][::97]:
         one = np.array([[value]])
         assert _converted(one.__getitem__, one.shape, ml_dtypes.bfloat16) is None
+
+
+WIDE = SHAPE._replace(
+    hidden_size=256, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1
+)
+
+
+def wide_keys() -> dict:
+    return real_keys(WIDE)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q6_K"])
+def test_quantized_tables_are_read_exactly(tmp_path, kind):
+    """As bitnet.cpp's tools make them, of the embedding and of a head of its own."""
+    tensors = random_tensors(WIDE)
+    vocabulary = WIDE.vocab_size, WIDE.hidden_size
+    tensors["token_embd.weight"], expected = quantized(kind, *vocabulary)
+    tensors["output.weight"], head = quantized(kind, *vocabulary, seed=1)
+    path = write_real(tmp_path / "a.gguf", tensors, wide_keys())
+    config, weights, _ = read_gguf(path)
+    np.testing.assert_array_equal(weights.embedding, expected)
+    np.testing.assert_array_equal(weights.lm_head, head)
+    assert weights.embedding.dtype == np.float32
+    assert not weights.tied
+    reference = BitNetReference(config, weights).logits([1, 2, 3])
+    np.testing.assert_allclose(load(str(path)).logits([1, 2, 3]), reference, atol=1e-3)
+
+
+def test_quantized_tables_take_the_least_memory_that_is_exact(tmp_path):
+    tensors = random_tensors(WIDE)
+    blocks, _ = quantized("Q8_0", WIDE.vocab_size, WIDE.hidden_size)
+    for scale, dtype in ((2**-9, ml_dtypes.bfloat16), (1.5 * 2**-9, np.float16)):
+        if dtype == np.float16:  # seven bits times three: more than bfloat16's eight
+            scale = np.float16(1.625 * 2**-9)
+        blocks.data.reshape(-1, 34)[:, :2] = np.array([scale], np.float16).view(np.uint8)
+        tensors["token_embd.weight"] = blocks
+        embedding = read_gguf(write_real(tmp_path / "a.gguf", tensors, wide_keys()))[1].embedding
+        assert embedding.dtype == dtype
+        codes = blocks.data.reshape(-1, 34)[:, 2:].view(np.int8).astype(np.float32)
+        expected = (codes * np.float32(scale)).reshape(embedding.shape)
+        np.testing.assert_array_equal(embedding.astype(np.float32), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_head_of_its_own_in_floats(tmp_path, dtype):
+    tensors = random_tensors()
+    head = tensors["token_embd.weight"][::-1].copy()
+    tensors["output.weight"] = head.astype(np.float16 if dtype != np.float32 else dtype)
+    if dtype == ml_dtypes.bfloat16:
+        data = head.astype(dtype).view(np.uint8)
+        tensors["output.weight"] = Quantized(GGMLQuantizationType.BF16, data, head.shape)
+    weights = read_gguf(write_real(tmp_path / "a.gguf", tensors))[1]
+    np.testing.assert_array_equal(weights.lm_head.astype(np.float32), head)
+    np.testing.assert_array_equal(weights.embedding, tensors["token_embd.weight"])
+
+
+@pytest.mark.parametrize("name", ["token_embd.weight", "output.weight"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_tables_that_are_not_finite(tmp_path, name, value):
+    tensors = random_tensors(WIDE)
+    tensors[name] = tensors["token_embd.weight"].copy()
+    tensors[name][3, 5] = value
+    with pytest.raises(CheckpointError, match=f"{name} must be finite"):
+        read_gguf(write_real(tmp_path / "a.gguf", tensors, wide_keys()))
+    tensors[name], _ = quantized("Q6_K", WIDE.vocab_size, WIDE.hidden_size)
+    tensors[name].data[0, 208:210] = np.array([value], np.float16).view(np.uint8)
+    with pytest.raises(CheckpointError, match=f"{name} must be finite"):
+        read_gguf(write_real(tmp_path / "b.gguf", tensors, wide_keys()))
+
+
+def test_the_other_architecture_of_bitnet_cpp(tmp_path, real):
+    keys = {k.replace("bitnet-b1.58.", "bitnet-25."): v for k, v in real_keys().items()}
+    path = write_real(tmp_path / "a.gguf", keys=keys, architecture="bitnet-25")
+    assert load(str(path)).config == load(str(real)).config
+    for key in ("vocab_size", "rope.dimension_count"):
+        del keys[f"bitnet-25.{key}"]
+    path = write_real(tmp_path / "b.gguf", keys=keys, architecture="bitnet-25")
+    assert load(str(path)).config == load(str(real)).config
+
+
+@pytest.mark.parametrize("kind", [2, 12, 34, 35, 38, 39, 135, 999])
+def test_types_that_are_not_implemented_are_named(tmp_path, kind):
+    path = write_real(tmp_path / "a.gguf")
+    content = path.read_bytes()
+    place = content.index(b"blk.10.ffn_up.weight") + 20 + 4 + 16
+    assert content[place : place + 4] == struct.pack("<I", 36)
+    path.write_bytes(content[:place] + struct.pack("<I", kind) + content[place + 4 :])
+    name = TYPE_NAMES.get(kind, f"type {kind}")
+    with pytest.raises(CheckpointError, match=f"blk.10.ffn_up.weight is stored as {name}, which"):
+        read_gguf(path)
+
+
+def test_versions_and_byte_orders_are_named(tmp_path):
+    path = tmp_path / "a.gguf"
+    for start, message in {
+        struct.pack("<IQQ", 1, 0, 0): "version 1, of 2023",
+        struct.pack(">IQQ", 3, 0, 0): "is big-endian",
+        struct.pack("<IQQ", 4, 0, 0): "version 4 of GGUF: versions 2 and 3",
+    }.items():
+        path.write_bytes(b"GGUF" + start + bytes(64))
+        with pytest.raises(CheckpointError, match=message):
+            read_gguf(path)
+
+
+def test_rope_that_is_scaled_is_refused(tmp_path):
+    keys = real_keys() | {"bitnet-b1.58.rope.scaling.type": (GGUFValueType.STRING, "yarn")}
+    with pytest.raises(CheckpointError, match=r"rope\.scaling\.type must be 'none'.*'yarn'"):
+        read_gguf(write_real(tmp_path / "a.gguf", keys=keys))
+
+
+def test_numbers_that_mean_nothing_take_no_memory(tmp_path):
+    """40 MB of bytes would be 1.7 GB of Python's whole numbers; nested arrays may be there too."""
+    content = b"GGUF" + struct.pack("<IQQ", 3, 0, 4)
+    for i in range(3):
+        content += text(b"k%d" % i) + struct.pack("<IIQ", 9, i % 2, 2**23) + bytes(2**23)
+    nested = struct.pack("<IIQ", 9, 9, 2) + 2 * (struct.pack("<IQ", 8, 1) + text(b"x"))
+    path = tmp_path / "a.gguf"
+    path.write_bytes(content + text(b"nested") + nested + bytes(64))
+    tracemalloc.start()
+    try:
+        assert read_header(path).metadata["nested"] == [["x"], ["x"]]
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_texts_that_mean_nothing_have_an_end(tmp_path):
+    path = tmp_path / "a.gguf"
+    count = 2**21 + 1
+    array = struct.pack("<IIQ", 9, 8, count) + bytes(8 * count)
+    path.write_bytes(START + struct.pack("<QQ", 0, 1) + KEY + array)
+    with pytest.raises(CheckpointError, match="bytes of text"):
+        read_header(path)
+
+
+def typed(*kinds: TokenType) -> dict:
+    """The real keys, the last tokens of these types."""
+    keys = real_keys()
+    kind, types = keys["tokenizer.ggml.token_type"]
+    keys["tokenizer.ggml.token_type"] = kind, types[: -len(kinds)] + [int(k) for k in kinds]
+    return keys
+
+
+def test_every_type_of_token_keeps_its_meaning(tmp_path):
+    """What llama.cpp finds in a text whose special tokens count: all but unused and normal ones."""
+    kinds = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED, TokenType.UNUSED)
+    tokenizer = read_gguf(write_real(tmp_path / "a.gguf", keys=typed(*kinds)))[2]
+    assert tokenizer.backend.get_added_tokens_decoder().keys() == {BASE, BASE + 1, BASE + 2}
+    ids = tokenizer.encode("a" + "".join(SPECIAL), add_special_tokens=False)
+    assert ids[1:4] == [BASE, BASE + 1, BASE + 2]
+    assert BASE + 3 not in ids
+    # shown to a reader: no control tokens, but the user's own and unused ones
+    assert tokenizer.decode([BASE, BASE + 1, BASE + 2, BASE + 3]) == SPECIAL[2] + SPECIAL[3]
+
+
+def test_tokens_of_bytes_are_decoded(tmp_path):
+    keys = typed(TokenType.BYTE)
+    kind, tokens = keys["tokenizer.ggml.tokens"]
+    keys["tokenizer.ggml.tokens"] = kind, [*tokens[:-1], "<0x0A>"]
+    tokenizer = read_gguf(write_real(tmp_path / "a.gguf", keys=keys))[2]
+    word = tokenizer.encode("a naïve word", add_special_tokens=False)
+    assert tokenizer.decode([*word, BASE + 3, *word]) == "a naïve word\na naïve word"
+
+
+@pytest.mark.parametrize("kinds", [(3, 3, 3, 3), (3, 3, 4, 4), (3, 4, 3, 5), (3, 3, 3, 1)])
+def test_types_of_tokens_survive_the_way_to_gguf_and_back(tmp_path, kinds):
+    keys = typed(*map(TokenType, kinds))
+    config, weights, tokenizer = read_gguf(write_real(tmp_path / "a.gguf", keys=keys))
+    write_gguf(tmp_path / "b.gguf", config, weights, tokenizer)
+    found = read_header(tmp_path / "b.gguf").metadata["tokenizer.ggml.token_type"].tolist()
+    unused_is_normal = [1 if kind == 5 else kind for kind in kinds]
+    assert found[-4:] == unused_is_normal
+
+
+@pytest.mark.parametrize("cut", ["llama-bpe", "llama3", "llama-v3"])
+def test_llama_3s_cut_by_all_its_names(tmp_path, cut):
+    keys = real_keys() | {"tokenizer.ggml.pre": (GGUFValueType.STRING, cut)}
+    assert read_gguf(write_real(tmp_path / "a.gguf", keys=keys))[2].encode("1234567")[0] == BASE
+
+
+def test_a_tokenizer_without_merges_is_refused(tmp_path, real):
+    config, weights, tokenizer = read_gguf(real)
+    whole = json.loads(tokenizer.backend.to_str())
+    whole["model"]["merges"] = []
+    tokenizer.backend = Tokenizer.from_str(json.dumps(whole))
+    with pytest.raises(CheckpointError, match="has no merges"):
+        write_gguf(tmp_path / "a.gguf", config, weights, tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_replaced_template_is_said_once(tmp_path, caplog):
+    path = str(write_real(tmp_path / "once.gguf"))
+    load(path)
+    load(path)
+    (record,) = caplog.records
+    assert record.message == (
+        "the chat template in once.gguf is not the model's own: the right one is used instead"
+    )
 
 
 def test_both_block_layouts_are_read_and_only_one_of_them_is_right(tmp_path):

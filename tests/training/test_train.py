@@ -1,17 +1,19 @@
 """Batches, the schedule, and a whole quick training from corpus to exported folder."""
 
+import shutil
 from itertools import islice
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from bitnet_edu import load
 from bitnet_edu.training.corpus import held_out_questions
 from bitnet_edu.training.data import IGNORED, encode, exam_batch, training_batches
 from bitnet_edu.training.evaluate import Examinee
 from bitnet_edu.training.export import export
-from bitnet_edu.training.model import ModelShape
-from bitnet_edu.training.tokenizer import END_OF_TURN, save_tokenizer
+from bitnet_edu.training.model import BitNetForTraining, ModelShape
+from bitnet_edu.training.tokenizer import END, END_OF_TURN, save_tokenizer
 from bitnet_edu.training.train import (
     Recipe,
     batch_loss,
@@ -86,6 +88,34 @@ def test_chat_encodes_to_the_same_tokens_whole_or_in_turns(tokenizer, tmp_path) 
         theirs.bos_token_id,
         *theirs.convert_tokens_to_ids(["1", "2"]),
     ]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_export_that_is_stopped_leaves_no_half_model(tokenizer, tmp_path, monkeypatch, there):
+    """At each of its files, in a new folder and in one with an older model."""
+    model, folder = BitNetForTraining(SHAPE), tmp_path / "model"
+    steps = ("save_file", "config_json", "generation_config_json", "save_tokenizer")
+    for step in steps:
+        shutil.rmtree(folder, ignore_errors=True)
+        if there:
+            export(model, tokenizer, folder)
+            (folder / "training_report.json").write_text("{}")
+        with monkeypatch.context() as patch:
+            patch.setattr(f"bitnet_edu.training.export.{step}", stop)
+            with pytest.raises(KeyboardInterrupt):
+                export(model, tokenizer, folder)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"] * there
+        if there:
+            assert load(str(folder)).tokenizer.bos_token == "<|begin_of_text|>"
+    export(model, tokenizer, folder)
+    assert load(str(folder)).config.eos_token_ids == tuple(
+        tokenizer.token_to_id(token) for token in (END, END_OF_TURN)
+    )
+    assert (folder / "training_report.json").exists() == there
+
+
+def stop(*args, **options) -> None:
+    raise KeyboardInterrupt
 
 
 def test_quick_training_learns_and_exports(tokenizer, tmp_path) -> None:
