@@ -1,9 +1,9 @@
 """What a model is made of, in numbers: shape, dtypes, sizes, share of zeros in every matrix."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnet_edu.book.xray import code_counts, entropy_bits, xray
+from bitnet_edu.files.hf import weight_files
 from bitnet_edu.files.source import find_model, read_model
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ def describe(source: str = "tiny", *, ternarize: bool = False) -> dict[str, Any]
     """A model as plain values for JSON; sizes are in bytes. Raises as `bitnet_edu.load` does."""
     path = find_model(source)
     config, weights, tokenizer = read_model(path, ternarize=ternarize)
+    files = weight_files(path) if path.is_dir() else [path]
     matrices = [array for layer in weights.layers for array in layer[:7]]
     norms = [array for layer in weights.layers for array in layer[7:]] + [weights.norm]
     tied = weights.lm_head is weights.embedding
@@ -35,7 +36,7 @@ def describe(source: str = "tiny", *, ternarize: bool = False) -> dict[str, Any]
         "embedding_dtype": str(weights.embedding.dtype),
         "vocabulary_of_tokenizer": tokenizer and tokenizer.backend.get_vocab_size(),
         "bytes": {
-            "files": sum(file.stat().st_size for file in weight_files(path)),
+            "files": sum(file.stat().st_size for file in files),
             "ternary": sum(matrix.packed.nbytes for matrix in matrices),
             "embedding_and_head": sum(table.nbytes for table in tables),
         },
@@ -44,11 +45,6 @@ def describe(source: str = "tiny", *, ternarize: bool = False) -> dict[str, Any]
         "notes": [tokenizer.note] if tokenizer and tokenizer.note else [],
         "layers": layers,
     }
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The files that hold a model's weights."""
-    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
 
 
 def render(description: dict[str, Any]) -> "Group":

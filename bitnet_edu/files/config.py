@@ -225,7 +225,7 @@ def fault(path: Path, what: str, expected: str, found: str) -> CheckpointError:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def config_json(config: BitNetConfig, *, tied: bool, master: bool) -> dict[str, Any]:

@@ -634,7 +634,8 @@ def _tokenizer_metadata(config: BitNetConfig, tokenizer: Tokenizer) -> dict[str,
         "tokenizer.ggml.scores": [0.0] * len(tokens),
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
-        "tokenizer.chat_template": tokenizer.chat_template,
+        # a lone surrogate, which JSON can hold and UTF-8 can't, becomes a question mark
+        "tokenizer.chat_template": tokenizer.chat_template.encode("utf-8", "replace").decode(),
         HF_TOKENIZER_KEY: whole,
     }
     if _cuts_like_llama(tokenizer):

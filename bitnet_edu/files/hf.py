@@ -158,6 +158,11 @@ def _same(a: Stored, b: Stored) -> bool:
     return a[2:4] == b[2:4] and memoryview(a.bytes()) == memoryview(b.bytes())
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a folder's model."""
+    return list(_shards(folder))
+
+
 def map_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Memory-map a safetensors file: {name: read-only array}. CheckpointError if damaged."""
     stored = stored_tensors(path)
@@ -412,7 +417,8 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def _write_tokenizer(folder: Path, config: BitNetConfig, tokenizer: Tokenizer) -> None:
-    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    # not with the library's own save, which tells a full disk by a bare Exception
+    (folder / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=True), encoding="utf-8")
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokenizer.bos_token,

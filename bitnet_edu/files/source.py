@@ -74,12 +74,14 @@ def read_model(
     """Read what `find_model` found."""
     if path.is_dir():
         config, weights = read_folder(path, ternarize)
-        tokenizer = Tokenizer.from_folder(path) if (path / "tokenizer.json").exists() else None
+        file = path / "tokenizer.json"
+        tokenizer = Tokenizer.from_folder(path) if file.exists() or file.is_symlink() else None
     else:
-        config, weights, tokenizer = read_gguf(path, i2s_block)
-    if tokenizer and (tokens := tokenizer.backend.get_vocab_size()) > config.vocab_size:
-        file = path / "tokenizer.json" if path.is_dir() else path
-        raise fault(file, "the tokenizer's vocabulary", f"at most {config.vocab_size}", str(tokens))
+        file, (config, weights, tokenizer) = path, read_gguf(path, i2s_block)
+    largest = max(tokenizer.backend.get_vocab().values(), default=0) if tokenizer else 0
+    if largest >= config.vocab_size:
+        expected = f"below the model's vocabulary of {config.vocab_size}"
+        raise fault(file, "the largest token id of the tokenizer", expected, str(largest))
     if tokenizer and (end := tokenizer.token_id("<|eot_id|>")) is not None:
         # a chat turn ends with this token even where config.json names only the end of a text
         config = config._replace(eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, end))))

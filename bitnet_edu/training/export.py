@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -58,7 +58,7 @@ def export(model: BitNetForTraining, tokenizer: Tokenizer, folder: Path) -> None
     folder.parent.mkdir(parents=True, exist_ok=True)
     with all_or_nothing(folder) as new:
         new.mkdir()
-        save_file(packed_state(model), new / "model.safetensors", metadata={"format": "pt"})
+        (new / "model.safetensors").write_bytes(save(packed_state(model), {"format": "pt"}))
         about = config_json(config, tied=True, master=False) | {"dtype": "bfloat16"}
         write_json(new / "config.json", about)
         length = shape.max_position_embeddings

@@ -266,6 +266,26 @@ def test_every_type_of_token_keeps_its_meaning(tmp_path):
     assert tokenizer.decode([BASE, BASE + 1, BASE + 2, BASE + 3]) == SPECIAL[2] + SPECIAL[3]
 
 
+@pytest.mark.parametrize("kinds", [(3, 3, 3, 3), (3, 4, 4, 3), (4, 4, 3, 5), (1, 5, 3, 4)])
+def test_types_of_tokens_mean_what_transformers_takes_them_for(tmp_path, kinds):
+    theirs = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    path = write_real(tmp_path / "a.gguf", keys=typed(*map(TokenType, kinds)))
+    ours, metadata = read_gguf(path)[2], read_header(path).metadata
+    about = {name: metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "merges")}
+    about |= {"token_type": metadata["tokenizer.ggml.token_type"].tolist()}
+    about |= {"tokenizer_type": "gpt2", "pre_tokenizer_type": "llama-bpe"}
+    other = theirs.set_split_regex(
+        theirs.add_gguf_special_tokens(theirs.byte_level_tokenizer(about), about), about
+    )
+    for text in ("".join(SPECIAL), f"They'll say 12345{SPECIAL[1]} naïve\n\n {SPECIAL[3]}it's"):
+        ids = ours.encode(text, add_special_tokens=False)
+        assert ids == other.encode(text, add_special_tokens=False)
+        for skip in (True, False):
+            assert ours.decode(ids, skip_special_tokens=skip) == other.decode(
+                ids, skip_special_tokens=skip
+            )
+
+
 def test_tokens_of_bytes_are_decoded(tmp_path):
     keys = typed(TokenType.BYTE)
     kind, tokens = keys["tokenizer.ggml.tokens"]

@@ -438,7 +438,26 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
     config, tensors = make()
     write(tmp_path)
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:290].copy()
-    refuse(save(tmp_path, config | {"vocab_size": 290}, tensors), "tokenizer.json", "290", "299")
+    refuse(save(tmp_path, config | {"vocab_size": 290}, tensors), "tokenizer.json", "290", "298")
+
+
+def test_a_tokenizer_with_an_id_beyond_the_model(tmp_path):
+    """Few enough tokens, but one of them far away."""
+    write(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    del tokenizer["model"]["merges"][-1]
+    last = max(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    tokenizer["model"]["vocab"][last] = 5000
+    path.write_text(json.dumps(tokenizer))
+    refuse(tmp_path, "tokenizer.json", "299", "5000")
+
+
+def test_a_tokenizer_that_is_a_link_to_nothing(tmp_path):
+    write(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").symlink_to("nothing")
+    refuse(tmp_path, "tokenizer.json")
 
 
 def test_every_kind_of_heads_is_in_the_matrix():

@@ -94,7 +94,7 @@ def test_chat_encodes_to_the_same_tokens_whole_or_in_turns(tokenizer, tmp_path) 
 def test_an_export_that_is_stopped_leaves_no_half_model(tokenizer, tmp_path, monkeypatch, there):
     """At each of its files, in a new folder and in one with an older model."""
     model, folder = BitNetForTraining(SHAPE), tmp_path / "model"
-    steps = ("save_file", "config_json", "generation_config_json", "save_tokenizer")
+    steps = ("save", "config_json", "generation_config_json", "save_tokenizer")
     for step in steps:
         shutil.rmtree(folder, ignore_errors=True)
         if there:
