@@ -409,7 +409,7 @@ LOCAL_FAULTS = {
 @pytest.mark.parametrize("code", LOCAL_FAULTS, ids=errno.errorcode.get)
 def test_faults_of_this_machine_are_not_the_networks(hub, monkeypatch, code):
     def fail(*args, **options) -> None:
-        raise OSError(code, os.strerror(code), "/mnt/cache/hub")
+        raise OSError(code, os.strerror(code), "/somewhere/cache/hub")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(DownloadError, match=LOCAL_FAULTS[code]) as caught:
