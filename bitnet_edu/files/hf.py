@@ -248,7 +248,7 @@ def _pack_floats(tensors: Tensors, name: str, shape: tuple[int, int]) -> np.ndar
     try:
         return pack_hf(values)
     except ValueError:
-        other = values[~np.isin(values, (-1, 0, 1))][0]
+        other = values[(values != 0) & (abs(values) != 1)][0]
         raise fault(stored.file, name, "-1, 0 or +1 in every place", str(other)) from None
 
 

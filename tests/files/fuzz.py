@@ -58,9 +58,10 @@ NASTY = [
 
 
 def main(kind: str, count: int, seed: int, folder: Path) -> None:
-    origin = make(kind, folder / "origin")
+    origins = make(kind, folder / "origins")
     damage = {"safetensors": damage_safetensors, "config": damage_config, "gguf": damage_gguf}[kind]
-    load(origin)  # whatever is compiled or imported is so before memory is counted
+    for origin in origins:
+        load(origin)  # whatever is compiled or imported is so before memory is counted
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     signal.signal(signal.SIGALRM, too_long)
@@ -69,11 +70,12 @@ def main(kind: str, count: int, seed: int, folder: Path) -> None:
         rng = random.Random(f"{kind} {seed} {number}")
         case = folder / "case"
         shutil.rmtree(case, ignore_errors=True)
-        shutil.copytree(origin if origin.is_dir() else origin.parent, case)
-        what = damage(case, rng)
+        origin = rng.choice(origins)
+        shutil.copytree(origin, case)
+        what = f"{origin.name}, {damage(case, rng)}"
         signal.alarm(SECONDS)
         try:
-            loaded += check(kind, case)
+            loaded += check(kind, origin.name, case)
         except BaseException:
             print(f"{kind} {seed} {number}: {what}", flush=True)
             raise
@@ -91,7 +93,7 @@ def load(path: Path) -> tuple:
     return config, weights, BitNet(config, weights).logits(np.arange(2) % config.vocab_size)
 
 
-def check(kind: str, case: Path) -> bool:
+def check(kind: str, form: str, case: Path) -> bool:
     """Whether it loads. If so, the answer must be right: what the file says, in finite numbers."""
     try:
         config, weights, logits = load(case)
@@ -103,25 +105,41 @@ def check(kind: str, case: Path) -> bool:
     if kind == "config":  # elsewhere numbers may have become huge, and say so
         assert np.isfinite(logits).all()
     single = case / "model.safetensors"
-    if single.exists() and kind != "gguf":
+    if single.exists():
         stored = {name: about["data"] for name, about in deserialize(single.read_bytes())}
+        assert weights.embedding.tobytes() == stored["model.embed_tokens.weight"]
+    if single.exists() and form in ("packed", "divide"):
         for index, layer in enumerate(weights.layers):
             for field, name in MATRICES.items():
                 packed = getattr(layer, field).packed.tobytes()
                 assert packed == stored[f"model.layers.{index}.{name}.weight"]
-        assert weights.embedding.tobytes() == stored["model.embed_tokens.weight"]
     return True
 
 
-def make(kind: str, folder: Path) -> Path:
+def make(kind: str, folder: Path) -> list[Path]:
+    """Whole models of different forms, to be damaged."""
+    folder.mkdir(parents=True)
     if kind == "gguf":
-        folder.mkdir(parents=True)
-        shape = gguf_files.SHAPE._replace(num_hidden_layers=1)
-        keys = gguf_files.real_keys(shape)
-        tensors = gguf_files.random_tensors(shape)
-        return gguf_files.write_real(folder / "model.gguf", tensors, keys)
-    checkpoints.write(folder, checkpoints.Recipe(shards=2 if kind == "config" else 1))
-    (folder / "generation_config.json").write_text('{"bos_token_id": 0, "eos_token_id": [1, 2]}')
+        return [make_gguf(folder / form, form) for form in ("F16", "Q8_0", "Q6_K")]
+    forms = [("packed", True), ("divide", False), ("unpacked", True), ("online", False)]
+    shards = 2 if kind == "config" else 1
+    recipes = [checkpoints.Recipe(scheme, tied=tied, shards=shards) for scheme, tied in forms]
+    origins = [checkpoints.write(folder / recipe.scheme, recipe) for recipe in recipes]
+    for origin in origins:
+        ends = '{"bos_token_id": 0, "eos_token_id": [1, 2]}'
+        (origin / "generation_config.json").write_text(ends)
+    return origins
+
+
+def make_gguf(folder: Path, form: str) -> Path:
+    shape = gguf_files.SHAPE._replace(num_hidden_layers=1, hidden_size=256)
+    tensors = gguf_files.random_tensors(shape)
+    if form != "F16":
+        size = shape.vocab_size, shape.hidden_size
+        tensors["token_embd.weight"], _ = gguf_files.quantized(form, *size)
+        tensors["output.weight"], _ = gguf_files.quantized(form, *size, seed=1)
+    folder.mkdir()
+    gguf_files.write_real(folder / "model.gguf", tensors, gguf_files.real_keys(shape))
     return folder
 
 

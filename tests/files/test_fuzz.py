@@ -27,4 +27,4 @@ def test_the_fuzzer_finds_a_foreign_exception(tmp_path, monkeypatch):
     """The rule itself: any other error than ours ends the run."""
     monkeypatch.setattr(fuzz, "load", lambda path: {}["nothing"])
     with pytest.raises(KeyError):
-        fuzz.check("config", tmp_path)
+        fuzz.check("config", "packed", tmp_path)
