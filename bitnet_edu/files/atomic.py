@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bitnet_edu.errors import BitNetError
+from bitnet_edu.errors import BitNetError, InputError
 
 try:
     import fcntl
@@ -27,6 +27,12 @@ def all_or_nothing(destination: Path, size: int = 0) -> Iterator[Path]:
     runs left in the parent folder is removed. A file that exists is replaced, a folder keeps what
     the new one does not have.
     """
+    try:
+        named = "\0" not in str(destination) and bool(os.fsencode(destination))
+    except (TypeError, UnicodeError):  # neither text nor a path, or a lone surrogate in it
+        named = False
+    if not named:
+        raise InputError(f"{destination!r} cannot be the name of a file: choose another")
     parent = destination.absolute().parent
     try:
         _remove_abandoned(parent)

@@ -5,6 +5,7 @@ its dtype in the Hugging Face formats and becomes float16 in GGUF.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ def convert(
     model gets there or nothing. Raises InputError, CheckpointError, DownloadError, or BitNetError
     where the disk refuses.
     """
+    if not isinstance(destination, str | Path) or not str(destination):
+        raise InputError(f"a destination is named by text or a path, not by {destination!r}")
     destination = Path(destination)
     to = to or ("gguf-i2s" if destination.suffix == ".gguf" else "hf-packed")
     _check(destination, to, i2s_block)
@@ -95,7 +98,7 @@ def _check(destination: Path, to: str, i2s_block: int | None) -> None:
     if (destination.suffix == ".gguf") != (to == "gguf-i2s"):
         form = "a file that ends in .gguf" if to == "gguf-i2s" else "a folder, not a .gguf file"
         raise InputError(f"{destination}: the format {to} is written to {form}")
-    if i2s_block not in (None, 64, 128):
-        raise InputError(f"an I2_S block has 128 (x86) or 64 (Arm) weights, not {i2s_block}")
-    if destination.exists():
+    if i2s_block is not None and (type(i2s_block) is not int or i2s_block not in (64, 128)):
+        raise InputError(f"an I2_S block has 128 (x86) or 64 (Arm) weights, not {i2s_block!r}")
+    if os.path.lexists(destination):
         raise InputError(f"{destination} exists already: remove it or choose another name")

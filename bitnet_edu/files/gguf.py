@@ -22,7 +22,7 @@ from gguf.quants import dequantize
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as HFTokenizer
 
-from bitnet_edu.errors import BitNetError, CheckpointError
+from bitnet_edu.errors import BitNetError, CheckpointError, printable
 from bitnet_edu.files.atomic import all_or_nothing
 from bitnet_edu.files.config import fault, parse_config
 from bitnet_edu.files.tensors import (
@@ -149,7 +149,7 @@ def read_gguf(
     config = _read_config(metadata, infos, path)
     refuse_wide(path, config)
     block = block or _single(metadata, BLOCK_KEY, path, 128)
-    if block not in (64, 128):
+    if type(block) is not int or block not in (64, 128):
         raise fault(path, "a block of I2_S", "128 (x86) or 64 (Arm) weights", repr(block))
     vocabulary = (config.vocab_size, config.hidden_size)
     embedding = _table(tensors, "token_embd.weight", vocabulary)
@@ -471,8 +471,8 @@ def _read_tokenizer(metadata: dict[str, Any], config: BitNetConfig, path: Path) 
         raise CheckpointError(f"{path}: the embedded tokenizer is damaged: {error}") from None
     if wrong:
         tokenizer.note = (
-            f"the chat template in {path.name} is not the model's own: the right one is used "
-            "instead"
+            f"the chat template in {printable(path.name)} is not the model's own: the right one "
+            "is used instead"
         )
     return tokenizer
 

@@ -11,6 +11,7 @@ What cannot be right raises `CheckpointError`, which names file, tensor, expecte
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -275,7 +276,7 @@ def write_folder(
     are. Raises CheckpointError for a matrix that has no bf16 master weights, InputError if the
     folder exists; either the whole of it gets there or nothing.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise InputError(f"{folder} exists already: remove it or choose another name")
     tensors = file_tensors(weights, master=master)
     size = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors) + 2**24

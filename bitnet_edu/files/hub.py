@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
-from bitnet_edu.errors import DownloadError
+from bitnet_edu.errors import DownloadError, InputError
 
 MODEL = "microsoft/bitnet-b1.58-2B-4T"
 LARGE = 10_000_000  # bytes from which a file is worth continuing
@@ -82,6 +82,8 @@ def download(
     revision: a branch, tag or commit; by default the pinned one, else "main". tqdm_class shows the
     progress, by default as the hub's bars on stderr. Raises DownloadError, whatever went wrong.
     """
+    if not isinstance(repo, str) or not isinstance(revision, str | None):
+        raise InputError(f"a model on the hub is named by text, not by {repo!r} and {revision!r}")
     revision, checksums = _pinned(repo, revision)
     try:
         folder = _cached(repo, revision, checksums)

@@ -72,6 +72,8 @@ def read_model(
     path: Path, *, ternarize: bool = False, i2s_block: int | None = None
 ) -> tuple[BitNetConfig, Weights, Tokenizer | None]:
     """Read what `find_model` found."""
+    if type(ternarize) is not bool:
+        raise InputError(f"ternarize must be True or False, not {ternarize!r}")
     if path.is_dir():
         config, weights = read_folder(path, ternarize)
         file = path / "tokenizer.json"

@@ -10,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from safetensors import deserialize
 
 from bitnet_edu import BitNetError
+from bitnet_edu.files.gguf import SCALARS, _Parser
 from bitnet_edu.files.hf import MATRICES
 from bitnet_edu.files.source import find_model, read_model
 from bitnet_edu.model import BitNet
@@ -176,9 +178,11 @@ def damage_gguf(case: Path, rng: random.Random) -> str:
     path = case / "model.gguf"
     content = path.read_bytes()
     end = content.index(b"token_embd.weight") + 2000  # of the header, about
-    way = rng.randrange(4)
+    way = rng.randrange(6)
     if way == 0:
         content = content[: rng.randrange(len(content))]
+    elif way > 3:  # whole values become others, the rest stays right
+        content = damage_keys(content, rng)
     elif way == 1:  # a number in the header becomes another
         place, width = rng.randrange(4, end), rng.choice([4, 8])
         number = rng.choice([n for n in NASTY if type(n) is int and 0 <= n < 2**64])
@@ -203,6 +207,60 @@ def damage_gguf(case: Path, rng: random.Random) -> str:
         content = damage_bytes(content[:end], rng) + content[end:]
     path.write_bytes(content)
     return f"way {way}, {len(content)} bytes"
+
+
+def damage_keys(content: bytes, rng: random.Random) -> bytes:
+    metadata, infos = _Parser(content).header()
+    table = content.index(gguf_text("token_embd.weight"))
+    start = min(info.offset for info in infos.values())
+    end = table + sum(len(name) + 24 + 8 * len(info.shape) for name, info in infos.items())
+    values = {key: kv_bytes(value) for key, value in metadata.items()}
+    for _ in range(rng.choice([1, 1, 2])):
+        key = rng.choice(list(values))
+        way = rng.randrange(4)
+        if way == 0:
+            del values[key]
+        elif way == 1:
+            values[rng.choice([*values, "split.count", "tokenizer.ggml.pre"])] = values.pop(key)
+        else:
+            values[key] = kv_bytes(rng.choice(GGUF_VALUES))
+    head = content[:16] + struct.pack("<Q", len(values))
+    head += b"".join(gguf_text(key) + value for key, value in values.items()) + content[table:end]
+    return head + bytes(-len(head) % 32) + content[start:]
+
+
+def gguf_text(text: str) -> bytes:
+    data = text.encode("utf-8", "replace")
+    return struct.pack("<Q", len(data)) + data
+
+
+def kv_bytes(value: Any) -> bytes:
+    """A GGUF value: its type, then itself."""
+    if isinstance(value, np.ndarray):
+        kind = list(SCALARS.values()).index(value.dtype.char.replace("l", "q").replace("L", "Q"))
+        return struct.pack("<IIQ", 9, list(SCALARS)[kind], value.size) + value.tobytes()
+    if isinstance(value, list):
+        parts = [kv_bytes(part) for part in value]
+        kind = parts[0][:4] if parts else struct.pack("<I", 8)
+        body = b"".join(part[4:] for part in parts)
+        return struct.pack("<I", 9) + kind + struct.pack("<Q", len(parts)) + body
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + gguf_text(value)
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    return struct.pack("<IQ", 10, value) if value >= 0 else struct.pack("<Iq", 11, value)
+
+
+GGUF_VALUES = [
+    *(0, 1, 2, 4, 7, 64, 128, 255, 2**31 - 1, 2**31, 2**40, 2**64 - 1, -1, -(2**63)),
+    *(0.0, 1.5, float("nan"), float("inf"), -1.0, True, False, "", "x", "\x1b[2J", "llama-bpe"),
+    *("none", "gpt2", "{{ 1/0 }}", "{% for %}", "{}", "a" * 5000, [], ["a", "b"], ["a"] * 320),
+    *([["a"], ["b", "c"]], [[[["a"]]]], [[[[[[["a"]]]]]]], np.arange(0), np.arange(320)),
+    *(np.ones(320, np.float32), np.zeros(320, np.int8), np.full(320, 99, np.uint32)),
+    *(np.full(3, 2**63, np.uint64), np.ones(5, bool), np.full(4, np.nan, np.float64)),
+]
 
 
 def damage_bytes(content: bytes, rng: random.Random) -> bytes:

@@ -15,7 +15,9 @@ from gguf_files import SHAPE, random_tensors, real_keys, write_real
 
 from bitnet_edu import BitNetError, CheckpointError, InputError, load
 from bitnet_edu.errors import printable
+from bitnet_edu.files.convert import convert
 from bitnet_edu.files.hf import read_folder, write_folder
+from bitnet_edu.files.hub import download
 from bitnet_edu.files.source import TINY, find_model
 from bitnet_edu.kernels.simd import MAX_COLUMNS
 from bitnet_edu.weights import BitNetConfig, random_weights
@@ -44,6 +46,38 @@ def test_what_names_no_model(source):
 def test_names_that_nothing_has(source, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     refuse(source)
+
+
+@pytest.mark.parametrize("options", [{"ternarize": "yes"}, {"ternarize": 1}], ids=str)
+def test_options_of_a_wrong_type(options):
+    with pytest.raises(InputError, match="ternarize"):
+        load("tiny", **options)
+
+
+@pytest.mark.parametrize("block", [64.0, "64", True, [64], 32], ids=repr)
+def test_blocks_of_a_wrong_type(tmp_path, block):
+    path = write_real(tmp_path / "a.gguf")
+    with pytest.raises(CheckpointError, match="a block of I2_S must be 128"):
+        load(str(path), i2s_block=block)
+    with pytest.raises(InputError, match="an I2_S block has 128"):
+        convert("tiny", tmp_path / "b.gguf", i2s_block=block)
+
+
+@pytest.mark.parametrize(
+    "destination", ["", None, b"m", 3, "a\0b", "\ud800", "n" * 300, "no/where"], ids=repr
+)
+def test_destinations_that_cannot_be(tmp_path, monkeypatch, destination):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BitNetError) as caught:
+        convert("tiny", destination)
+    assert str(caught.value).isprintable()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("repo", [None, 3, b"a/b", ["a/b"]], ids=repr)
+def test_names_of_a_wrong_type_on_the_hub(repo):
+    with pytest.raises(InputError, match="named by text"):
+        download(repo)
 
 
 def test_names_that_are_too_long():
