@@ -224,8 +224,8 @@ def _read_matrix(tensors: Tensors, name: str, shape: tuple[int, int], scheme: st
         stored.release()
         return TernaryMatrix(pack_hf(codes), scale)
     scale = tensors.take(f"{name}.weight_scale", (1,), FLOATS)
-    number = scale.array().astype(np.float32)[0]
-    with np.errstate(divide="ignore", over="ignore"):
+    with np.errstate(all="ignore"):
+        number = scale.array().astype(np.float32)[0]
         factor = number if scheme == "multiply" else np.float32(1) / number
     if not (0 < number < np.inf and 0 < factor < np.inf):
         raise fault(scale.file, f"{name}.weight_scale", "positive and finite", str(number))
@@ -244,6 +244,7 @@ def _read_matrix(tensors: Tensors, name: str, shape: tuple[int, int], scheme: st
 def _pack_floats(tensors: Tensors, name: str, shape: tuple[int, int]) -> np.ndarray:
     """Pack a matrix stored unpacked, as floats that must be exactly -1, 0 or +1."""
     stored = tensors.take(name, shape, FLOATS)
+    refuse_nonfinite(stored.file, name, stored.array())
     values = stored.array().astype(np.float32)
     stored.release()
     try:

@@ -298,6 +298,7 @@ def test_what_others_put_into_the_cache_must_have_the_tokenizers_settings(hub, f
     assert is_cached(NAME)
     (folder / "tokenizer_config.json").unlink()
     assert not is_cached(NAME)
+    assert not module._is_complete(folder, {}), "which new versions of the library see too"
 
 
 def test_a_model_that_never_had_a_tokenizer_is_whole(hub, files):
