@@ -208,13 +208,17 @@ def _fetch(repo: str, revision: str | None, tqdm_class: type | None) -> Path:
 
 def _refuse_cut_off(path: Path, size: int | None) -> None:
     """Old versions of the library take what came before a connection broke for the whole file."""
-    found = path.stat().st_size if path.exists() else 0
+    found = _size(path)
     if size is not None and found != size:
         _remove(path)
         raise DownloadError(
             f"{path.name} arrived incomplete ({found:,} of {size:,} bytes) and was removed: "
             "download again"
         )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _remove(path: Path) -> None:
@@ -262,7 +266,7 @@ def _fetch_large(repo: str, filename: str, revision: str, tqdm_class: type | Non
     with WeakFileLock(lock):
         finished = False
         while not finished:
-            done = partial.stat().st_size if partial.exists() else 0
+            done = _size(partial)
             if done > (found.size or done):
                 partial.unlink()
                 done = 0
@@ -272,9 +276,9 @@ def _fetch_large(repo: str, filename: str, revision: str, tqdm_class: type | Non
                 finished = True
             except Exception as error:
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                    partial.unlink()
+                    partial.unlink(missing_ok=True)
                     raise
-                if partial.stat().st_size <= done:
+                if _size(partial) <= done:
                     raise  # else something came before it broke, and old libraries stop here
         partial.replace(partial.with_suffix(""))
 

@@ -1,5 +1,6 @@
 """Where a model is found: odd names, what lies beside it, and things that are no files."""
 
+import errno
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ from gguf_files import SHAPE, random_tensors, real_keys, write_real
 
 from bitnet_edu import BitNetError, CheckpointError, InputError, load
 from bitnet_edu.errors import printable
+from bitnet_edu.files.config import ADVICE
 from bitnet_edu.files.convert import convert
 from bitnet_edu.files.hf import read_folder, write_folder
 from bitnet_edu.files.hub import download
@@ -202,6 +204,21 @@ def test_things_that_are_no_files_in_a_folder(tmp_path, name, put):
 def test_things_that_are_no_gguf_files(tmp_path, put):
     put(tmp_path / "m.gguf")
     refuse(str(tmp_path / "m.gguf"), "m.gguf")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("code", ADVICE, ids=errno.errorcode.get)
+def test_what_the_system_refuses_is_told_with_advice(tmp_path, monkeypatch, name, code):
+    write(tmp_path)
+    original = Path.open
+
+    def refused(self: Path, *args, **options):
+        if self.name == name:
+            raise OSError(code, os.strerror(code), str(self))
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    refuse(str(tmp_path), name, os.strerror(code), ADVICE[code])
 
 
 # Names that a terminal would obey.
