@@ -166,7 +166,7 @@ def _measure(
         prefill.append(len(prompt) / (time.perf_counter() - start))
         if other:
             theirs.append(other.measure(contexts[0], len(prompt)))
-    size = sum(array.nbytes for array in model.arrays_of_a_token)
+    size = sum(array.nbytes for array in model.engine.arrays_of_a_token)
     shares = [speed * size / rate for speed, rate in zip(decode[0], bandwidth, strict=True)]
     result: dict[str, Any] = {
         "bytes_per_token": size,
@@ -224,7 +224,7 @@ def _parts(model: BitNetLM, cache: KVCache, context: int) -> dict[str, float]:
     """Seconds of a decode step that would be saved without each part."""
 
     def seconds(context: int, **without: bool) -> float:
-        return min(model.time_step(cache, context, **without) for _ in range(3))
+        return min(model.engine.time_step(cache, context, **without) for _ in range(3))
 
     whole = seconds(context)
     parts = {
@@ -240,7 +240,7 @@ def _parts(model: BitNetLM, cache: KVCache, context: int) -> dict[str, float]:
 
 def read_bandwidth(model: BitNetLM) -> float:
     """Bytes a second at which the model's threads read all its weights and do nothing else."""
-    arrays = model.arrays_of_a_token
+    arrays = model.engine.arrays_of_a_token
     addresses = np.array([address(a, a.dtype.type, a.shape, "weights") for a in arrays])
     sizes = np.array([a.nbytes for a in arrays])
     sums = np.zeros(int(sum(-(-size // READ_CHUNK) for size in sizes)), np.int32)

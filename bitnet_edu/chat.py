@@ -2,8 +2,19 @@
 
 from collections.abc import Iterator
 
-from bitnet_edu.errors import ContextLengthError
-from bitnet_edu.generate import BitNetLM, Stop, generate_ids, split_stop, until
+from bitnet_edu.errors import ContextLengthError, InputError
+from bitnet_edu.generate import (
+    BitNetLM,
+    Progress,
+    Sampling,
+    Stop,
+    generate_ids,
+    recorded,
+    require_request,
+    split_stop,
+    until,
+)
+from bitnet_edu.tokenizer import Message, clean_text
 
 
 class ChatSession:
@@ -11,72 +22,86 @@ class ChatSession:
 
     def __init__(self, model: BitNetLM, system: str | None = None, max_len: int | None = None):
         self.model = model
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[Message] = []
         self.system = system
         self.cache = model.new_cache(max_len)
         self._cached_ids: list[int] = []
 
-    def send(self, text: str, max_new_tokens: int = 512, **options) -> Iterator[str]:
+    def send(
+        self,
+        text: str,
+        max_new_tokens: int = 512,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Stop = None,
+        made: list[int] | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[str]:
         """Yield the answer piece by piece; options as in `BitNetLM.stream`.
 
-        Closing the generator stops the answer, and what came so far stays in the transcript.
-        ContextLengthError if no token of an answer would fit; an error of any kind leaves the
-        transcript as it was.
+        Closing the generator stops the answer. Whatever ends it (that, Ctrl-C, an error): if no
+        piece of text came, the transcript is as it was before, else what came stays. Bad
+        arguments, and a conversation that leaves no room for an answer (ContextLengthError), are
+        refused here, before any work is done.
         """
-        self.messages.append({"role": "user", "content": text})
-        try:
-            yield from self.answer(max_new_tokens, **options)
-        except Exception:
-            self.messages.pop()
-            raise
+        question = {"role": "user", "content": clean_text(text, "a message")}
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        return self._answer([question], max_new_tokens, sampling, stop, made, progress)
 
     def answer(
         self,
         max_new_tokens: int = 512,
         *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
         stop: Stop = None,
         made: list[int] | None = None,
-        **options,
+        progress: Progress | None = None,
     ) -> Iterator[str]:
         """Answer the last message of the transcript (after an edit: answer again)."""
-        tokenizer = self.model.require_tokenizer()
-        ids = tokenizer.apply_chat_template(self.messages)
-        if len(ids) >= self.cache.max_len:
-            raise ContextLengthError(
-                f"the conversation is {len(ids)} tokens long and the context holds "
-                f"{self.cache.max_len}: clear it, or take out some messages"
-            )
-        ends, strings = split_stop(stop, self.model.config.eos_token_ids)
-        new_ids = self._rewind_to_common_prefix(ids)
-        tokens = generate_ids(
-            self.model, new_ids, max_new_tokens, cache=self.cache, stop=ends, **options
-        )
-        made = [] if made is None else made
-        message = {"role": "assistant", "content": ""}
-        self.messages.append(message)
-        try:
-            for piece in until(tokenizer.decode_stream(self._record(tokens, made)), strings):
-                message["content"] += piece
-                yield piece
-        except Exception:
-            self.messages.pop()
-            raise
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        return self._answer([], max_new_tokens, sampling, stop, made, progress)
 
     @property
     def system(self) -> str | None:
         """What the model is told before the user speaks: the first message, if it is one."""
-        first = self.messages[0] if self.messages else {}
-        return first.get("content") if first.get("role") == "system" else None
+        first = self.messages[0] if self.messages else None
+        return first.get("content") if _is_system(first) else None
 
     @system.setter
     def system(self, text: str | None) -> None:
-        kept = [m for m in self.messages if m["role"] != "system"]
+        kept = [message for message in self.messages if not _is_system(message)]
+        text = clean_text(text, "the system message") if text is not None else ""
         self.messages = [{"role": "system", "content": text}, *kept] if text else kept
 
     @property
     def context_used(self) -> int:
         """Tokens in the KV cache."""
         return self.cache.length
+
+    def prompt(self, *more: Message) -> list[int]:
+        """Token ids of the transcript, with `more` messages at its end, up to the answer.
+
+        ContextLengthError if no token of an answer would fit.
+        """
+        if not isinstance(self.messages, list):
+            raise InputError(f"the transcript must be a list of messages, not {self.messages!r}")
+        if not (conversation := self.messages + list(more)):
+            raise InputError("there is nothing to answer yet: send a message")
+        ids = self.model.require_tokenizer().apply_chat_template(conversation)
+        if len(ids) >= self.cache.max_len:
+            raise ContextLengthError(
+                f"the conversation is {len(ids)} tokens long and the context holds "
+                f"{self.cache.max_len}: clear it, or take out some messages"
+            )
+        if not ids:
+            raise InputError("this model's chat template makes nothing of the conversation")
+        return ids
 
     def clear(self) -> None:
         """Forget the conversation, but not the system prompt."""
@@ -85,7 +110,56 @@ class ChatSession:
         self.cache.truncate(0)
         self._cached_ids = []
 
-    def _rewind_to_common_prefix(self, ids: list[int]) -> list[int]:
+    def _answer(
+        self,
+        question: list[Message],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: Stop,
+        made: list[int] | None,
+        progress: Progress | None,
+    ) -> Iterator[str]:
+        """Check everything now, and work once the first piece is asked for."""
+        stops = split_stop(stop, self.model.config)
+        require_request(max_new_tokens, made, progress)
+        self.prompt(*question)
+        return self._turn(question, max_new_tokens, sampling, *stops, made, progress)
+
+    def _turn(
+        self,
+        question: list[Message],
+        max_new_tokens: int,
+        sampling: Sampling,
+        ends: frozenset[int],
+        strings: list[str],
+        made: list[int] | None,
+        progress: Progress | None,
+    ) -> Iterator[str]:
+        new_ids = self._rewind(self.prompt(*question))
+        tokens = generate_ids(
+            self.model,
+            new_ids,
+            max_new_tokens,
+            sampling,
+            stop=ends,
+            cache=self.cache,
+            progress=progress,
+        )
+        pieces = self.model.require_tokenizer().decode_stream(
+            recorded(tokens, self._cached_ids, made)
+        )
+        before, answer = len(self.messages), {"role": "assistant", "content": ""}
+        self.messages += [*question, answer]
+        try:
+            for piece in until(pieces, strings):
+                answer["content"] += piece
+                yield piece
+        except BaseException:
+            if not answer["content"]:
+                del self.messages[before:]
+            raise
+
+    def _rewind(self, ids: list[int]) -> list[int]:
         """Keep what the cache already holds of `ids`; return the rest, at least one token."""
         cached = self._cached_ids[: self.cache.length]
         common = 0
@@ -95,8 +169,6 @@ class ChatSession:
         self._cached_ids = list(ids)
         return ids[common:]
 
-    def _record(self, tokens: Iterator[int], made: list[int]) -> Iterator[int]:
-        for token in tokens:
-            self._cached_ids.append(token)
-            made.append(token)
-            yield token
+
+def _is_system(message: Message) -> bool:
+    return isinstance(message, dict) and message.get("role") == "system"

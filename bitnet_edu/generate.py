@@ -1,34 +1,136 @@
 """From logits to text: sampling, streaming, stop conditions."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from bitnet_edu.errors import BitNetError, InputError
-from bitnet_edu.layers import softmax
-from bitnet_edu.model import BitNet, KVCache
-from bitnet_edu.tokenizer import Messages, Tokenizer
+from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
+from bitnet_edu.layers import Observer, softmax
+from bitnet_edu.model import BATCH, BitNet, KVCache, Settings
+from bitnet_edu.tokenizer import Messages, Tokenizer, clean_text
 from bitnet_edu.weights import BitNetConfig, Weights
 
-Stop = str | int | Sequence[str | int] | None
+Stop = str | int | Collection[str | int] | None
+Progress = Callable[[int, int], None]
 
 
-class BitNetLM(BitNet):
-    """A `BitNet` with its tokenizer: what `bitnet_edu.load` returns."""
+def require_whole(value: int, least: int, most: int | None, what: str) -> None:
+    """InputError unless `value` is a whole number (no bool) from `least` to `most`."""
+    if not _is_whole(value) or value < least or (most is not None and value > most):
+        span = f"from {least} up" if most is None else f"from {least} to {most}"
+        raise InputError(f"{what} must be a whole number {span}, not {value!r}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    temperature: 0 (default) always takes the best. top_k: among the K best only. top_p: among the
+    fewest whose probabilities reach this share, above 0 to 1. seed: 0 to 2**64 - 1; the same seed
+    gives the same tokens, None always others. Raises InputError.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self):
+        if not (_is_number(self.temperature) and 0 <= self.temperature < np.inf):
+            raise InputError(f"temperature must be a number from 0 up, not {self.temperature!r}")
+        if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise InputError(f"top_p must be a number above 0, up to 1, not {self.top_p!r}")
+        if self.top_k is not None:
+            require_whole(self.top_k, 1, None, "top_k")
+        if self.seed is not None:
+            require_whole(self.seed, 0, 2**64 - 1, "seed")
+
+
+GREEDY = Sampling()
+
+
+class BitNetLM:
+    """An engine with its tokenizer: what `bitnet_edu.load` returns.
+
+    `engine` does the computing; its settings and its main functions are at hand here, too.
+    """
 
     def __init__(self, config: BitNetConfig, weights: Weights, tokenizer: Tokenizer | None):
-        super().__init__(config, weights)
+        self.engine = BitNet(config, weights)
+        self.config = config
+        self.weights = weights
         self.tokenizer = tokenizer
 
-    def generate(
-        self, ids: Sequence[int], max_new_tokens: int = 128, *, stop: Stop = None, **options
-    ) -> list[int]:
-        """The new token ids, with the one that ended them. Options as in `generate_ids`.
+    @property
+    def settings(self) -> Settings:
+        return self.engine.settings
 
-        Strings in `stop` end the text too (see `stream`); the last token may reach beyond them.
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        self.engine.settings = settings
+
+    @property
+    def threads(self) -> int:
+        return self.engine.threads
+
+    @threads.setter
+    def threads(self, threads: int) -> None:
+        self.engine.threads = threads
+
+    @property
+    def kernel(self) -> str:
+        return self.engine.kernel
+
+    @kernel.setter
+    def kernel(self, kernel: str) -> None:
+        self.engine.kernel = kernel
+
+    def logits(self, ids: Sequence[int], observe: Observer | None = None) -> np.ndarray:
+        """Scores after every prefix of the sequence, float32[T, vocab]: see `BitNet.logits`."""
+        return self.engine.logits(ids, observe)
+
+    def forward(
+        self, ids: Sequence[int], cache: KVCache, observe: Observer | None = None
+    ) -> np.ndarray:
+        """Append tokens to the cache; the next one's scores, float32[vocab]: `BitNet.forward`."""
+        return self.engine.forward(ids, cache, observe)
+
+    def new_cache(self, max_len: int | None = None, dtype: type | None = None) -> KVCache:
+        """An empty KV cache: see `BitNet.new_cache`."""
+        return self.engine.new_cache(max_len, dtype)
+
+    def screen_head(self, top_k: int = 1) -> None:
+        """Read half the head from now on: see `BitNet.screen_head`."""
+        self.engine.screen_head(top_k)
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Stop = None,
+        progress: Progress | None = None,
+    ) -> list[int]:
+        """The new token ids, with the one that ended them. Options as in `Sampling`, `stream`.
+
+        Strings in `stop` end the text too; the last token may reach beyond them.
         """
         made: list[int] = []
-        for _ in self._pieces(ids, max_new_tokens, stop, made, options):
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        for _ in self._pieces(ids, max_new_tokens, sampling, stop, made, progress):
             pass
         return made
 
@@ -37,22 +139,27 @@ class BitNetLM(BitNet):
         ids_or_messages: Sequence[int] | Messages,
         max_new_tokens: int = 128,
         *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
         stop: Stop = None,
         made: list[int] | None = None,
-        **options,
+        progress: Progress | None = None,
     ) -> Iterator[str]:
         """Pieces of text as they are made; closing the generator stops the work.
 
-        Takes token ids, or messages [{"role": ..., "content": ...}]. Options as in `generate_ids`,
-        but `stop` may hold strings too: the text ends before the first of them. `made`, a list,
-        receives the token ids as they come.
+        Takes token ids, or messages [{"role": ..., "content": ...}]. Sampling as in `Sampling`;
+        `stop` holds token ids (default: the model's end tokens) and strings, before the first of
+        which the text ends. `made`, a list, receives the token ids as they come. `progress` is
+        told before each tile of the prompt how many of its tokens are read, of how many; what it
+        raises stops the work. Bad arguments raise here, before any work is done.
         """
-        ids = list(ids_or_messages)
-        if ids and isinstance(ids[0], dict):
-            ids = self.require_tokenizer().apply_chat_template(ids)
-        made = [] if made is None else made
-        self.require_tokenizer()
-        yield from self._pieces(ids, max_new_tokens, stop, made, options)
+        tokenizer = self.require_tokenizer()
+        if _are_messages(ids_or_messages):
+            ids_or_messages = tokenizer.apply_chat_template(ids_or_messages)
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        return self._pieces(ids_or_messages, max_new_tokens, sampling, stop, made, progress)
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer, or an InputError that says why there is none."""
@@ -64,30 +171,45 @@ class BitNetLM(BitNet):
         return self.tokenizer
 
     def _pieces(
-        self, ids: Sequence[int], count: int, stop: Stop, made: list[int], options: dict
+        self,
+        ids: Sequence[int],
+        count: int,
+        sampling: Sampling,
+        stop: Stop,
+        made: list[int] | None,
+        progress: Progress | None,
     ) -> Iterator[str]:
-        ends, strings = split_stop(stop, self.config.eos_token_ids)
-        tokens = generate_ids(self, ids, count, stop=ends, **options)
-        recorded = (made.append(token) or token for token in tokens)
+        ends, strings = split_stop(stop, self.config)
+        require_request(count, made, progress)
+        tokens = generate_ids(self, ids, count, sampling, stop=ends, progress=progress)
+        tokens = recorded(tokens, made)
         if self.tokenizer is None and not strings:
-            yield from ("" for _ in recorded)
-        else:
-            yield from until(self.require_tokenizer().decode_stream(recorded), strings)
+            return ("" for _ in tokens)
+        return until(self.require_tokenizer().decode_stream(tokens), strings)
 
 
-def split_stop(stop: Stop, end_tokens: Sequence[int]) -> tuple[set[int], list[str]]:
+def split_stop(stop: Stop, config: BitNetConfig) -> tuple[frozenset[int], list[str]]:
     """What ends a text: token ids, and strings.
 
     None means the model's end tokens. Ids take their place, strings come on top, () is nothing.
+    InputError for what is neither, for an id outside the vocabulary and for an empty string.
     """
-    stop = [stop] if isinstance(stop, str | int) else stop
-    strings = [s for s in stop or () if isinstance(s, str)]
-    ids = {int(s) for s in stop or () if not isinstance(s, str)}
-    if stop is None or (strings and not ids):
-        ids = set(end_tokens)
+    if stop is None or isinstance(stop, str) or _is_whole(stop):
+        stop = () if stop is None else (stop,)
+        nothing_said = not stop
+    elif isinstance(stop, Collection) and not isinstance(stop, bytes | bytearray | dict):
+        nothing_said = False
+    else:
+        raise InputError(f"stop must be token ids and strings, not {stop!r}")
+    strings = [clean_text(s, "a stop string") for s in stop if isinstance(s, str)]
+    ids = [s for s in stop if not isinstance(s, str)]
+    for token in ids:
+        require_whole(token, 0, config.vocab_size - 1, "a token id in stop")
     if "" in strings:
         raise InputError("a stop string can't be empty: it would end every text at once")
-    return ids, strings
+    if nothing_said or (strings and not ids):
+        ids = config.eos_token_ids
+    return frozenset(int(token) for token in ids), strings
 
 
 def until(pieces: Iterator[str], strings: Sequence[str]) -> Iterator[str]:
@@ -109,72 +231,115 @@ def until(pieces: Iterator[str], strings: Sequence[str]) -> Iterator[str]:
         yield held
 
 
+def recorded(tokens: Iterator[int], *lists: list[int] | None) -> Iterator[int]:
+    """Pass tokens on, and append each to the lists (None is none) before it is seen."""
+    lists = [made for made in lists if made is not None]
+    return (token for token in tokens if [made.append(token) for made in lists] or True)
+
+
 def generate_ids(
-    model: BitNet,
+    model: BitNet | BitNetLM,
     ids: Sequence[int],
     max_new_tokens: int = 128,
+    sampling: Sampling = GREEDY,
     *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
     stop: Collection[int] | None = None,
     cache: KVCache | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[int]:
-    """Yield new token ids one by one: prefill the prompt, then decode.
+    """New token ids one by one: read the prompt tile by tile, then decode.
 
-    temperature 0 is greedy; top_k and top_p cut the tail before sampling; the same seed gives the
-    same tokens. Ends after max_new_tokens, after a token of `stop` (default: the model's end
-    tokens), or when the context is full. `cache` may already hold tokens that come before `ids`.
-    InputError for bad arguments, ContextLengthError for a prompt that doesn't fit.
+    Ends after max_new_tokens, after a token of `stop` (default: the model's end tokens), or when
+    the context is full. `cache` may already hold tokens that come before `ids`. `progress` as in
+    `BitNetLM.stream`. Before any work: InputError for bad arguments, ContextLengthError for a
+    prompt that doesn't fit.
     """
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    stop = model.config.eos_token_ids if stop is None else stop
-    rng = np.random.default_rng(seed)
-    if cache is None:
-        longest = model.config.max_position_embeddings
-        cache = model.new_cache(min(longest, max(len(ids), 1) + max_new_tokens))
-    scores = model.forward(ids, cache)
-    for count in range(max_new_tokens):
-        token = sample(scores, rng, temperature=temperature, top_k=top_k, top_p=top_p)
+    ids = token_ids(ids, model.config.vocab_size)
+    require_request(max_new_tokens, None, progress)
+    if not isinstance(sampling, Sampling):
+        raise InputError(f"sampling must be made by generate.Sampling, not {sampling!r}")
+    stop, strings = split_stop(stop, model.config)
+    if strings:
+        raise InputError("only text can end at a string: stop holds token ids here")
+    longest = model.config.max_position_embeddings if cache is None else cache.max_len
+    used = 0 if cache is None else cache.length
+    if len(ids) > longest - used:
+        raise ContextLengthError(
+            f"{len(ids)} tokens do not fit after {used} in a context of {longest}: shorten the "
+            "prompt or start a new conversation"
+        )
+    cache = cache or model.new_cache(min(longest, len(ids) + int(max_new_tokens)))
+    return _generate(model, ids, max_new_tokens, sampling, stop, cache, progress)
+
+
+def _generate(
+    model: BitNet | BitNetLM,
+    ids: np.ndarray,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: frozenset[int],
+    cache: KVCache,
+    progress: Progress | None,
+) -> Iterator[int]:
+    rng = np.random.default_rng(sampling.seed)
+    for first in range(0, len(ids), BATCH):
+        if progress:
+            progress(first, len(ids))
+        scores = model.forward(ids[first : first + BATCH], cache)
+    for left in range(max_new_tokens - 1, -1, -1):
+        token = sample(scores, rng, sampling)
         yield token
-        if token in stop or count + 1 == max_new_tokens or cache.length == cache.max_len:
+        if token in stop or not left or cache.length == cache.max_len:
             return
         scores = model.forward([token], cache)
 
 
-def sample(
-    scores: np.ndarray,
-    rng: np.random.Generator,
-    *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> int:
+def sample(scores: np.ndarray, rng: np.random.Generator, sampling: Sampling = GREEDY) -> int:
     """Pick the next token from float32[vocab] scores.
 
     temperature 0: the best score, the lowest id among equals. Otherwise softmax(scores /
     temperature) over the top_k best and, of these, the fewest whose probabilities reach top_p
-    (nucleus sampling, arXiv 1904.09751). InputError for values out of range; BitNetError if the
-    scores hold NaN or Inf.
+    (nucleus sampling, arXiv 1904.09751). BitNetError if the scores hold NaN or Inf.
     """
     if not np.isfinite(scores).all():
         raise BitNetError(
             "the model produced NaN or Inf instead of scores: the weights are damaged or were read "
             "in the wrong format; `bitnet-edu verify` finds the layer"
         )
-    top_k, top_p = len(scores) if top_k is None else top_k, 1.0 if top_p is None else top_p
-    if not (0 <= temperature < np.inf and top_k >= 1 and 0 < top_p <= 1):
-        raise InputError(
-            "sampling needs temperature >= 0, top_k >= 1 and 0 < top_p <= 1, found "
-            f"temperature {temperature}, top_k {top_k}, top_p {top_p}"
-        )
-    if temperature == 0:
+    if sampling.temperature == 0:
         return int(scores.argmax())
-    order = np.argsort(-scores)[:top_k]
-    probabilities = softmax(scores[order].astype(np.float64) / temperature)
-    if top_p < 1:
-        keep = int(np.searchsorted(np.cumsum(probabilities), top_p)) + 1
+    order = np.argsort(-scores)[: sampling.top_k]
+    behind = scores[order].astype(np.float64) - scores[order[0]]
+    with np.errstate(over="ignore"):  # at 1e-320 all but the best are infinitely far behind
+        probabilities = softmax(behind / float(sampling.temperature))
+    if sampling.top_p is not None and sampling.top_p < 1:
+        keep = int(np.searchsorted(np.cumsum(probabilities), sampling.top_p)) + 1
         order, probabilities = order[:keep], probabilities[:keep]
     return int(rng.choice(order, p=probabilities / probabilities.sum()))
+
+
+def token_ids(ids: Sequence[int], vocab_size: int) -> np.ndarray:
+    """int64[T] of a list or array of token ids; InputError for anything else."""
+    if isinstance(ids, np.ndarray):
+        whole = ids.ndim == 1 and ids.dtype.kind in "iu"
+    else:
+        whole = isinstance(ids, Sequence) and all(map(_is_whole, ids))
+    if not whole or len(ids) == 0 or isinstance(ids, bytes | bytearray):
+        raise InputError("token ids must be a non-empty one-dimensional list of integers")
+    if (worst := min(ids)) < 0 or (worst := max(ids)) >= vocab_size:
+        raise InputError(f"token id {worst} is outside the vocabulary of {vocab_size}")
+    return np.array(ids, np.int64)
+
+
+def require_request(max_new_tokens: int, made: list[int] | None, progress: Progress | None) -> None:
+    """InputError if one of these options of a generation is none."""
+    require_whole(max_new_tokens, 1, None, "max_new_tokens")
+    if made is not None and not isinstance(made, list):
+        raise InputError("made must be a list: it receives the token ids")
+    if progress is not None and not callable(progress):
+        raise InputError("progress must be a function of two numbers")
+
+
+def _are_messages(value: object) -> bool:
+    """Whether this is meant as a conversation; what it holds is checked with the template."""
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], dict | str)

@@ -1,8 +1,10 @@
 """Text to token ids and back, and a conversation to the prompt that a model was trained on."""
 
+import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -12,7 +14,8 @@ from tokenizers.decoders import DecodeStream
 from bitnet_edu.errors import CheckpointError, InputError
 from bitnet_edu.files.config import fault, read_json
 
-Messages = Sequence[dict[str, str]]
+Message = dict[str, Any]  # {"role": ..., "content": ...}, and what else a template may know
+Messages = Sequence[Message]
 
 # The template of microsoft/bitnet-b1.58-2B-4T, for files that bring none or a wrong one.
 BITNET_CHAT_TEMPLATE = (
@@ -21,6 +24,16 @@ BITNET_CHAT_TEMPLATE = (
     "{{ message['role'] | capitalize + ': ' + message['content'] | trim + '<|eot_id|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
+
+
+def clean_text(text: str, what: str) -> str:
+    """`text`, with U+FFFD for lone surrogates, which are no characters and have no UTF-8.
+
+    The one place where text comes in. InputError, which names `what`, for what is no `str`.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"{what} must be text, not {text!r:.80}")
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 class Tokenizer:

@@ -80,16 +80,109 @@ def test_closing_before_the_first_piece(model):
     )
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"max_new_tokens": 0}, {"stop": ""}])
-def test_an_error_leaves_the_transcript_as_it_was(model, options):
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": -1}, {"max_new_tokens": 0}, {"stop": ""}, {"seed": -1}, {"made": 1}],
+    ids=str,
+)
+def test_bad_options_are_refused_at_once_with_the_transcript_as_it_was(model, options):
     chat = ChatSession(model, system="Be brief.")
     list(chat.send("Hello!", max_new_tokens=4))
     before = [dict(message) for message in chat.messages]
     with pytest.raises(InputError):
-        list(chat.send("More", **options))
+        chat.send("More", **options)  # not iterated
+    with pytest.raises(InputError):
+        chat.answer(**options)
     assert chat.messages == before
     expected = without_cache(model, [*before, user("More")], max_new_tokens=4)
     assert "".join(chat.send("More", max_new_tokens=4)) == expected
+
+
+@pytest.mark.parametrize("text", [None, 5, b"Hello", ["Hello"], {"role": "user"}])
+def test_what_is_no_text_is_refused_at_once(model, text):
+    chat = ChatSession(model)
+    with pytest.raises(InputError, match="message"):
+        chat.send(text)
+    if text is not None:
+        with pytest.raises(InputError, match="system"):
+            chat.system = text
+    assert chat.messages == []
+
+
+@pytest.mark.parametrize("messages", [["Hi"], [None], [{"role": "user"}], "Hi", None, [], [user]])
+def test_an_edited_transcript_of_another_form_is_refused_at_once(model, messages):
+    chat = ChatSession(model)
+    chat.messages = messages
+    with pytest.raises(InputError):
+        chat.answer()
+    with pytest.raises(InputError):
+        chat.answer(progress=print)
+    assert chat.messages == messages
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Stopped, MemoryError, SystemExit])
+@pytest.mark.parametrize("when", ["in progress", "in the engine"])
+def test_what_stops_the_reading_of_the_prompt_leaves_no_empty_turn(model, monkeypatch, error, when):
+    def stop(*_):
+        raise error
+
+    chat = ChatSession(model, system="Be brief.")
+    list(chat.send("Hello!", max_new_tokens=4))
+    before = [dict(message) for message in chat.messages]
+    with monkeypatch.context() as patch:
+        if when == "in the engine":
+            patch.setattr(model, "forward", stop)
+        pieces = chat.send("More", progress=stop if when == "in progress" else None)
+        with pytest.raises(error):
+            next(pieces)
+    assert chat.messages == before
+    expected = without_cache(model, [*before, user("More")], max_new_tokens=4)
+    assert "".join(chat.send("More", max_new_tokens=4)) == expected
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Stopped])
+def test_what_stops_an_answer_after_its_first_piece_leaves_what_came(model, monkeypatch, error):
+    chat, calls = ChatSession(model), []
+    original = model.forward
+
+    def forward(ids, cache):
+        calls.append(len(ids))
+        if len(calls) == 40:
+            raise error
+        return original(ids, cache)
+
+    shown = []
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", forward)
+        with pytest.raises(error):
+            shown.extend(chat.send("Hello!", max_new_tokens=50, stop=()))
+    shown = "".join(shown)
+    assert shown
+    assert chat.messages == [user("Hello!"), {"role": "assistant", "content": shown}]
+    expected = without_cache(model, [*chat.messages, user("More")], max_new_tokens=6)
+    assert "".join(chat.send("More", max_new_tokens=6)) == expected
+
+
+def test_an_answer_without_a_word_is_an_answer(model):
+    chat = ChatSession(model)
+    first = chat.model.generate(model.tokenizer.apply_chat_template([user("Hello!")]), 1, stop=())
+    assert "".join(chat.send("Hello!", stop="".join(model.tokenizer.decode(first)) or first)) == ""
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"]
+
+
+def test_lone_surrogates_become_replacement_characters(model):
+    chat = ChatSession(model, system="a\ud800")
+    assert chat.system == "a\ufffd"
+    list(chat.send("b\udcff", max_new_tokens=2))
+    assert chat.messages[1] == user("b\ufffd")
+    chat.messages[1]["content"] = "\ud83d"
+    assert chat.prompt() == model.tokenizer.apply_chat_template(
+        [{"role": "system", "content": "a\ufffd"}, user("\ufffd")]
+    )
 
 
 def test_a_full_context_is_refused_with_the_transcript_unchanged(model):

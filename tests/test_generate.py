@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from oracle import torch, transformers
 
 from bitnet_edu import BitNetError, ContextLengthError, InputError, load
-from bitnet_edu.generate import generate_ids, sample, until
+from bitnet_edu.generate import BitNetLM, Sampling, generate_ids, sample, until
+from bitnet_edu.model import BATCH, BitNet, Settings
 
 PROMPT = [0, 70, 80, 90]
 
@@ -41,7 +42,7 @@ class Draw:
 def test_sampling_draws_from_the_distribution_of_transformers(temperature, top_k, top_p):
     scores = np.random.default_rng(0).standard_normal(VOCABULARY).astype(np.float32)
     draw = Draw()
-    sample(scores, draw, temperature=temperature, top_k=top_k, top_p=top_p)
+    sample(scores, draw, Sampling(temperature, top_k, top_p))
     ours = np.zeros(VOCABULARY)
     ours[draw.order] = draw.p
 
@@ -58,7 +59,7 @@ def test_sampling_draws_from_the_distribution_of_transformers(temperature, top_k
 def test_draws_follow_the_probabilities():
     scores = np.log(np.array([0.5, 0.3, 0.2], np.float32))
     rng = np.random.default_rng(0)
-    draws = [sample(scores, rng, temperature=1.0) for _ in range(4000)]
+    draws = [sample(scores, rng, Sampling(1.0)) for _ in range(4000)]
     shares = np.bincount(draws, minlength=3) / 4000
     np.testing.assert_allclose(shares, [0.5, 0.3, 0.2], atol=0.03)  # four standard deviations
 
@@ -69,26 +70,77 @@ def test_greedy_is_the_limit_of_a_low_temperature_and_of_a_small_top_k(values, t
     best = sample(scores, rng)
     assert best == int(scores.argmax())
     for options in ({"top_k": 1}, {"top_p": 1e-9}):
-        assert scores[sample(scores, rng, temperature=temperature, **options)] == scores[best]
-    assert scores[sample(scores, rng, temperature=1e-12)] == scores[best]
+        assert scores[sample(scores, rng, Sampling(temperature, **options))] == scores[best]
+    for tiny in (1e-12, 1e-320, 5e-324):
+        assert scores[sample(scores, rng, Sampling(tiny))] == scores[best]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"temperature": -1.0},
-        {"temperature": float("nan")},
-        {"temperature": float("inf")},
-        {"top_k": 0},
-        {"top_p": 0.0},
-        {"top_p": 1.5},
-        {"top_p": float("nan")},
-    ],
-    ids=str,
-)
-def test_options_out_of_range_are_refused_even_when_greedy(model, options):
-    with pytest.raises(InputError, match=next(iter(options))):
-        model.generate(PROMPT, **options)
+BAD_OPTIONS = [
+    {"temperature": -1.0},
+    {"temperature": float("nan")},
+    {"temperature": float("inf")},
+    {"temperature": "0.5"},
+    {"temperature": True},
+    {"temperature": None},
+    {"top_k": 0},
+    {"top_k": 2.0},
+    {"top_k": "3"},
+    {"top_k": True},
+    {"top_p": 0.0},
+    {"top_p": 1.5},
+    {"top_p": float("nan")},
+    {"top_p": "0.9"},
+    {"seed": -1},
+    {"seed": 2**64},
+    {"seed": 1.0},
+    {"seed": "1"},
+    {"seed": [1, 2]},
+    {"max_new_tokens": 0},
+    {"max_new_tokens": 2.5},
+    {"max_new_tokens": "9"},
+    {"max_new_tokens": None},
+    {"max_new_tokens": True},
+    {"stop": ""},
+    {"stop": b"x"},
+    {"stop": 1.5},
+    {"stop": True},
+    {"stop": -1},
+    {"stop": VOCABULARY},
+    {"stop": [None]},
+    {"stop": [b"x"]},
+    {"stop": [0.5]},
+    {"stop": {"x": 1}},
+    {"progress": 5},
+]
+
+
+def refuse_work(model, monkeypatch):
+    def forward(*_):
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr(model, "forward", forward)
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS, ids=str)
+def test_bad_options_are_refused_by_name_before_any_work(model, monkeypatch, options):
+    refuse_work(model, monkeypatch)
+    for call in (model.generate, model.stream):
+        with pytest.raises(InputError, match=next(iter(options))):
+            call(PROMPT, **options)  # not iterated: a generator must refuse at once, too
+
+
+@pytest.mark.parametrize("options", [{"made": ()}, {"stopp": 1}, {"top_k": 5, "topk": 5}], ids=str)
+def test_what_is_no_option_is_no_option(model, options):
+    with pytest.raises((InputError, TypeError), match=r"made|unexpected keyword"):
+        model.stream(PROMPT, **options)
+
+
+def test_numpy_numbers_are_numbers(model):
+    options = {"temperature": np.float32(5), "top_k": np.int64(9), "seed": np.uint64(3)}
+    expected = model.generate(PROMPT, 8, temperature=5.0, top_k=9, seed=3, stop=())
+    assert model.generate(PROMPT, np.int32(8), stop=(), **options) == expected
+    assert model.generate(np.array(PROMPT, np.uint8), 8, stop=[np.int64(VOCABULARY - 1)])
+    assert model.generate(tuple(PROMPT), 1) == model.generate(np.array(PROMPT), 1)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -123,10 +175,10 @@ def test_an_end_token_ends_and_is_returned(model, greedy):
     assert list(generate_ids(model, PROMPT, 60, stop={end})) == expected
 
 
-def test_the_end_tokens_of_the_model_are_the_default(tmp_path, model, greedy):
+def test_the_end_tokens_of_the_model_are_the_default(model, greedy):
     end = greedy[5]
-    other = load(str(write(tmp_path)))
-    other.config = other.config._replace(eos_token_ids=(end,))
+    config = model.config._replace(eos_token_ids=(end,))
+    other = BitNetLM(config, model.weights, model.tokenizer)
     expected = greedy[: greedy.index(end) + 1]
     assert other.generate(PROMPT, max_new_tokens=60) == expected
     # strings come on top of the end tokens, token ids take their place
@@ -219,14 +271,63 @@ def test_generation_ends_where_the_context_ends(tmp_path):
         ([], {}, "non-empty"),
         ([VOCABULARY], {}, str(VOCABULARY)),
         ([-1], {}, "-1"),
+        ([2**70], {}, str(2**70)),
         ([1.5], {}, "integers"),
-        (PROMPT, {"max_new_tokens": 0}, "max_new_tokens"),
-        (PROMPT, {"stop": [""]}, "empty"),
+        (np.array([1.0]), {}, "integers"),
+        (np.array([[1]]), {}, "integers"),
+        (np.array([True]), {}, "integers"),
+        ([True], {}, "integers"),
+        ([[1], [2, 3]], {}, "integers"),
+        (["1"], {}, "integers|role"),
+        ("abc", {}, "integers"),
+        (b"abc", {}, "integers"),
+        (None, {}, "integers"),
+        ({1: 2}, {}, "integers"),
+        (5, {}, "integers"),
     ],
 )
-def test_prompts_and_counts_that_cannot_be_right(model, ids, options, words):
-    with pytest.raises(InputError, match=words):
-        model.generate(ids, **options)
+def test_prompts_that_cannot_be_right(model, monkeypatch, ids, options, words):
+    refuse_work(model, monkeypatch)
+    for call in (model.generate, model.stream):
+        with pytest.raises(InputError, match=words):
+            call(ids, **options)
+
+
+def test_a_prompt_is_read_tile_by_tile_and_can_be_stopped_between_them():
+    model = load("tiny")
+    ids = [5 + n % 900 for n in range(BATCH + 7)]
+    seen = []
+    made = model.generate(ids, 3, stop=(), progress=lambda *said: seen.append(said))
+    assert seen == [(0, len(ids)), (BATCH, len(ids))]
+    assert made[0] == model.logits(ids)[-1].argmax()
+
+    class Stopped(Exception):
+        pass
+
+    def stop(read: int, _: int) -> None:
+        if read:
+            raise Stopped
+
+    cache = model.new_cache(300)
+    with pytest.raises(Stopped):
+        list(generate_ids(model, ids, 3, cache=cache, progress=stop))
+    assert cache.length == BATCH
+
+
+def test_the_model_has_an_engine_whose_settings_it_shows():
+    model = load("tiny")
+    assert not isinstance(model, BitNet)
+    assert model.engine.weights is model.weights
+    model.threads = 2
+    assert model.engine.threads == model.settings.threads == 2
+    model.settings = Settings(threads=1, kernel=model.kernel)
+    assert model.engine.threads == 1
+    model.kernel = "portable"
+    assert model.engine.kernel == "portable"
+    cache = model.new_cache(4)
+    np.testing.assert_array_equal(model.forward(PROMPT, cache), model.engine.logits(PROMPT)[-1])
+    model.screen_head(3)
+    assert model.engine.settings.screen == 3
 
 
 def test_a_model_without_a_tokenizer_works_with_ids_alone(tmp_path):

@@ -218,7 +218,7 @@ def test_a_reference_that_rounds_per_tensor_is_rejected(folder, theirs, monkeypa
 
 def test_an_engine_that_differs_from_the_reference_is_rejected(folder, theirs):
     model = load(str(folder))
-    model._table.scales[1, 3] *= np.float32(1.001)
+    model.engine._table.scales[1, 3] *= np.float32(1.001)
     report = compare(model, theirs)
     assert not report.engine.ok
     assert report.transformers.ok
