@@ -1,5 +1,8 @@
 """What bitnet_edu refuses is a `BitNetError` that says what is wrong and what to do."""
 
+import numbers
+import unicodedata
+
 
 class BitNetError(Exception):
     """Base of every error that this package raises on purpose: a message of one printable line."""
@@ -33,3 +36,21 @@ class DownloadError(BitNetError):
 
 class InputError(BitNetError, ValueError):
     """An argument that cannot be right: an unknown token id, an empty prompt, a negative count."""
+
+
+def is_whole(value: object) -> bool:
+    """Whether this is a whole number, of Python or NumPy; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def require_whole(value: int, least: int, most: int | None, what: str) -> None:
+    """InputError, which names `what`, unless this is a whole number from `least` to `most`."""
+    if not is_whole(value) or value < least or (most is not None and value > most):
+        span = f"from {least} up" if most is None else f"from {least} to {most}"
+        raise InputError(f"{what} must be a whole number {span}, not {value!r:.80}")
+
+
+def one_line(message: object) -> str:
+    """A message as one line without control characters, which could steer a terminal."""
+    words = " ".join(str(message).split())
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in words)

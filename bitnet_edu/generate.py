@@ -1,11 +1,18 @@
 """From logits to text: sampling, streaming, stop conditions."""
 
+import numbers
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
+from bitnet_edu.errors import (
+    BitNetError,
+    ContextLengthError,
+    InputError,
+    is_whole,
+    require_whole,
+)
 from bitnet_edu.layers import Observer, softmax
 from bitnet_edu.model import BATCH, BitNet, KVCache, Settings
 from bitnet_edu.tokenizer import Messages, Tokenizer, clean_text
@@ -15,19 +22,8 @@ Stop = str | int | Collection[str | int] | None
 Progress = Callable[[int, int], None]
 
 
-def require_whole(value: int, least: int, most: int | None, what: str) -> None:
-    """InputError unless `value` is a whole number (no bool) from `least` to `most`."""
-    if not _is_whole(value) or value < least or (most is not None and value > most):
-        span = f"from {least} up" if most is None else f"from {least} to {most}"
-        raise InputError(f"{what} must be a whole number {span}, not {value!r}")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -194,7 +190,7 @@ def split_stop(stop: Stop, config: BitNetConfig) -> tuple[frozenset[int], list[s
     None means the model's end tokens. Ids take their place, strings come on top, () is nothing.
     InputError for what is neither, for an id outside the vocabulary and for an empty string.
     """
-    if stop is None or isinstance(stop, str) or _is_whole(stop):
+    if stop is None or isinstance(stop, str) or is_whole(stop):
         stop = () if stop is None else (stop,)
         nothing_said = not stop
     elif isinstance(stop, Collection) and not isinstance(stop, bytes | bytearray | dict):
@@ -323,7 +319,7 @@ def token_ids(ids: Sequence[int], vocab_size: int) -> np.ndarray:
     if isinstance(ids, np.ndarray):
         whole = ids.ndim == 1 and ids.dtype.kind in "iu"
     else:
-        whole = isinstance(ids, Sequence) and all(map(_is_whole, ids))
+        whole = isinstance(ids, Sequence) and all(map(is_whole, ids))
     if not whole or len(ids) == 0 or isinstance(ids, bytes | bytearray):
         raise InputError("token ids must be a non-empty one-dimensional list of integers")
     if (worst := min(ids)) < 0 or (worst := max(ids)) >= vocab_size:

@@ -158,8 +158,10 @@ def test_what_stops_an_answer_after_its_first_piece_leaves_what_came(model, monk
     shown = []
     with monkeypatch.context() as patch:
         patch.setattr(model, "forward", forward)
+        pieces = chat.send("Hello!", max_new_tokens=50, stop=())
         with pytest.raises(error):
-            shown.extend(chat.send("Hello!", max_new_tokens=50, stop=()))
+            while True:
+                shown.append(next(pieces))
     shown = "".join(shown)
     assert shown
     assert chat.messages == [user("Hello!"), {"role": "assistant", "content": shown}]
@@ -181,7 +183,7 @@ def test_lone_surrogates_become_replacement_characters(model):
     assert chat.messages[1] == user("b\ufffd")
     chat.messages[1]["content"] = "\ud83d"
     assert chat.prompt() == model.tokenizer.apply_chat_template(
-        [{"role": "system", "content": "a\ufffd"}, user("\ufffd")]
+        [{"role": "system", "content": "a\ufffd"}, user("\ufffd"), chat.messages[2]]
     )
 
 

@@ -15,7 +15,7 @@ FLOORS = (
     ("kernels",),
     ("layers",),
     ("reference", "model"),
-    ("files", "tokenizer"),
+    ("files", "tokenizer", "tokenizer_json", "chat_template"),
     ("generate", "chat", "load"),
     ("proof", "training", "benchmark", "system", "doctor"),
     ("book", "ui"),
@@ -70,7 +70,7 @@ def test_imports_only_go_down(path):
             assert room in TORCH_ROOMS, f"{path.name} imports {name}: only proof and training may"
 
 
-@pytest.mark.parametrize("below", ["files", "tokenizer"])
+@pytest.mark.parametrize("below", ["files", "tokenizer", "tokenizer_json", "chat_template"])
 def test_files_know_no_engine(below):
     for path in (p for p, room in SOURCES.items() if room == below):
         assert not {"bitnet_edu.model", "bitnet_edu.reference"} & imports_of(path), path
