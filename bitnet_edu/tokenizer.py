@@ -25,7 +25,7 @@ BITNET_CHAT_TEMPLATE = (
 # One of these a template must be able to write; some refuse a system message, or want one.
 TRIALS = (("user",), ("system", "user"), ("user", "assistant"))
 # Decoders that only ever add to what they wrote before, and those that join what came so far.
-STEADY = {"Replace", "ByteFallback", "Metaspace", "WordPiece", "BPEDecoder", "Strip"}
+STEADY = {"Replace", "ByteFallback", "Metaspace", "WordPiece", "Strip"}
 JOINING = {"Fuse", "ByteLevel"}
 # What transformers takes out of decoded text (`clean_up_tokenization_spaces`).
 TIDIED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
@@ -136,6 +136,8 @@ class Tokenizer:
             yield rest
 
     def _text(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        if not ids:
+            return ""
         with refusing(InputError, "this tokenizer cannot decode the tokens"):
             return self.backend.decode(ids, skip_special_tokens=bool(skip_special_tokens))
 

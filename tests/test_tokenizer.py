@@ -7,6 +7,8 @@ from checkpoints import SPECIAL, VOCABULARY, write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import transformers
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models
 
 from bitnet_edu import CheckpointError, InputError
 from bitnet_edu.files.source import TINY
@@ -45,6 +47,10 @@ def ours(folder):
 
 @pytest.fixture(scope="module")
 def theirs(folder):
+    return of_transformers(folder)
+
+
+def of_transformers(folder):
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -81,10 +87,7 @@ def test_a_template_of_the_folder_goes_first(tmp_path):
     template += "{{ m.content }}{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(template)
     messages = [{"role": "user", "content": "one"}, {"role": "user", "content": "two"}]
-    ours, theirs = (
-        Tokenizer.from_folder(tmp_path),
-        transformers.AutoTokenizer.from_pretrained(tmp_path),
-    )
+    ours, theirs = Tokenizer.from_folder(tmp_path), of_transformers(tmp_path)
     assert ours.chat_text(messages) == "one"
     assert ours.apply_chat_template(messages) == theirs.apply_chat_template(messages)["input_ids"]
 
@@ -129,6 +132,41 @@ def test_a_stream_cut_inside_a_character_ends_with_a_replacement(ours):
     assert list(ours.decode_stream(iter(ids[:-1]))) == ["a", "\ufffd"]
 
 
+ODD = ["▁", "▁▁", "a", "▁a", "<0xE2>", "<0x82>", "<0xAC>", "<0xFF>", "é", "</s>", "b▁"]
+STEPS = {
+    "Llama": [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()],
+    "three spaces lost": [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 3, 0)],
+    "spaces lost at both ends": [decoders.Fuse(), decoders.Strip("▁", 1, 2)],
+    "replaced when joined": [decoders.Fuse(), decoders.Replace("a▁", "xy")],
+    "of each token": [decoders.Strip("▁", 1, 1), decoders.Replace("a", "")],
+    "CTC": [decoders.CTC("a", "▁")],
+    "BPE with an end of word": [decoders.BPEDecoder("▁")],
+    "WordPiece": [decoders.WordPiece("▁")],
+    "Metaspace": [decoders.Metaspace()],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@given(ids=st.lists(st.integers(0, len(ODD) + 1), max_size=12))
+def test_a_stream_of_any_decoder_gives_the_text_of_the_whole(steps, ids):
+    backend = HFTokenizer(models.WordLevel({token: i for i, token in enumerate(ODD)}, "a"))
+    backend.add_special_tokens(["</s>"])
+    if STEPS[steps]:
+        backend.decoder = decoders.Sequence(STEPS[steps])
+    ours = Tokenizer(backend)
+    try:
+        whole = backend.decode(ids) if ids else ""
+    except BaseException as error:  # some decoders panic where there is nothing left to strip
+        assert type(error).__name__ == "PanicException"
+        with pytest.raises(InputError, match="cannot decode"):
+            list(ours.decode_stream(iter(ids)))
+        return
+    assert "".join(ours.decode_stream(iter(ids))) == whole
+    if max(ids, default=0) < len(ODD):
+        assert ours.decode(ids) == whole
+
+
 def test_settings_of_the_training_do_not_cut_texts(tmp_path):
     write_tokenizer(tmp_path)
     path = tmp_path / "tokenizer.json"
@@ -141,7 +179,7 @@ def test_settings_of_the_training_do_not_cut_texts(tmp_path):
     }
     path.write_text(json.dumps(content))
     text = "a long text that is longer than four tokens"
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs = of_transformers(tmp_path)
     assert Tokenizer.from_folder(tmp_path).encode(text) == theirs.encode(text)
 
 
