@@ -5,6 +5,9 @@ What a verb needs is imported when it runs, so that `--help` and mistakes answer
 """
 
 import argparse
+import codecs
+import contextlib
+import errno
 import inspect
 import json
 import os
@@ -16,39 +19,86 @@ from typing import Any, NoReturn
 
 from bitnet_edu.errors import BitNetError, InputError
 
+UNWRITTEN = {errno.ENOSPC, errno.EIO, errno.EFBIG, getattr(errno, "EDQUOT", None)}
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, where argparse prints the whole usage first."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(complain(f"{message} (see {self.prog} --help)", self.prog))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)  # argparse's own keeps quiet where it can't write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to fail
-    args = build_parser().parse_args(argv)
     try:
-        status = args.run(args)
-        sys.stdout.flush()
-        return status
+        prepare_streams()
+        try:
+            args = build_parser().parse_args(argv)
+            return args.run(args)
+        finally:
+            sys.stdout.flush()  # here, where a failure still has a status
     except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up_stdout()
         return 0
     except KeyboardInterrupt:
         return 130
     except MemoryError:
         return complain("out of memory: choose a smaller model, or close other programs")
-    except (BitNetError, OSError) as error:
+    except OSError as error:
+        give_up_stdout()
+        unnamed = error.filename is None and error.errno in UNWRITTEN
+        return complain(f"the output could not be written: {error}" if unnamed else error)
+    except BitNetError as error:
         return complain(error)
 
 
-def complain(error: BaseException | str) -> int:
-    print("bitnet-edu:", " ".join(str(error).split()), file=sys.stderr)
+def complain(error: BaseException | str, program: str = "bitnet-edu") -> int:
+    from bitnet_edu.errors import one_line
+
+    with contextlib.suppress(OSError):
+        print(f"{program}: {one_line(error)}", file=sys.stderr, flush=True)
     return 2
+
+
+def prepare_streams() -> None:
+    """Any text can be printed; a stream that is closed can't be mistaken for another file."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # the next file that is opened would get this number
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+        raise InputError("standard output is closed: there is nowhere to write to")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 is no reason to fail
+
+
+def give_up_stdout() -> None:
+    """Nothing more is written: what is left in the buffers can't fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def text_input() -> Any:
+    """Standard input as text, whatever wrote it: bytes that are none become U+FFFD, all line ends
+    become line feeds, a byte order mark goes. InputError if it is closed."""
+    if sys.stdin is None:
+        raise InputError("standard input is closed: there is nothing to read")
+    if hasattr(sys.stdin, "reconfigure"):
+        start = b"" if sys.stdin.isatty() else sys.stdin.buffer.peek(4)
+        wide = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        marked = "utf-8-sig" if start.startswith(codecs.BOM_UTF8) else None
+        encoding = "utf-16" if wide else marked
+        sys.stdin.reconfigure(encoding=encoding, errors="replace", newline=None)
+    return sys.stdin
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -214,12 +264,19 @@ def add_json(verb: Parser) -> None:
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    from bitnet_edu.generate import Sampling, require_request
+
+    Sampling(args.temperature, args.top_k, args.top_p, args.seed)  # before a model is loaded
+    require_request(args.max_new_tokens)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
     return {name: getattr(args, name) for name in names}
 
 
 def print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value))
+    """One object, in ASCII, without lone surrogates (a path may hold bytes that are no text)."""
+    from bitnet_edu.tokenizer import clean_text
+
+    print(json.dumps(json.loads(clean_text(json.dumps(value, ensure_ascii=False), "JSON"))))
 
 
 def console() -> Any:
@@ -241,9 +298,11 @@ def chat(args: argparse.Namespace) -> int:
     import bitnet_edu
     from bitnet_edu.terminal import Terminal
 
+    options = sampling_of(args)
+    text_input()
     model = bitnet_edu.load(args.model, ternarize=args.ternarize)
     session = bitnet_edu.ChatSession(model, args.system)
-    return Terminal(session, args.model, sampling_of(args), console()).run()
+    return Terminal(session, args.model, options, console()).run()
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -254,9 +313,11 @@ def generate(args: argparse.Namespace) -> int:
     import bitnet_edu
     from bitnet_edu.terminal import Clock
 
-    if args.prompt is None and sys.stdin.isatty():
-        raise InputError("there is no prompt: give one with --prompt, or pipe a text in")
-    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    options, prompt = sampling_of(args), args.prompt
+    if prompt is None:
+        if text_input().isatty():
+            raise InputError("there is no prompt: give one with --prompt, or pipe a text in")
+        prompt = sys.stdin.read()
     model = bitnet_edu.load(args.model, ternarize=args.ternarize)
     tokenizer = model.require_tokenizer()
     if args.chat:
@@ -266,7 +327,7 @@ def generate(args: argparse.Namespace) -> int:
     if not ids:
         raise InputError("the prompt is empty, and this tokenizer has no start token: write some")
     made, text, clock = [], "", Clock()
-    for piece in model.stream(ids, made=made, **sampling_of(args)):
+    for piece in model.stream(ids, made=made, **options):
         clock.see(len(made))
         text += piece
         if not args.json:

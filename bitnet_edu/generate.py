@@ -251,7 +251,7 @@ def generate_ids(
     prompt that doesn't fit.
     """
     ids = token_ids(ids, model.config.vocab_size)
-    require_request(max_new_tokens, None, progress)
+    require_request(max_new_tokens, progress=progress)
     if not isinstance(sampling, Sampling):
         raise InputError(f"sampling must be made by generate.Sampling, not {sampling!r}")
     stop, strings = split_stop(stop, model.config)
@@ -327,7 +327,9 @@ def token_ids(ids: Sequence[int], vocab_size: int) -> np.ndarray:
     return np.array(ids, np.int64)
 
 
-def require_request(max_new_tokens: int, made: list[int] | None, progress: Progress | None) -> None:
+def require_request(
+    max_new_tokens: int, made: list[int] | None = None, progress: Progress | None = None
+) -> None:
     """InputError if one of these options of a generation is none."""
     require_whole(max_new_tokens, 1, None, "max_new_tokens")
     if made is not None and not isinstance(made, list):

@@ -13,7 +13,8 @@ from rich.live import Live
 from rich.text import Text
 
 from bitnet_edu.chat import ChatSession
-from bitnet_edu.errors import BitNetError
+from bitnet_edu.errors import BitNetError, InputError, one_line
+from bitnet_edu.files.atomic import all_or_nothing
 
 HELP = """\
 /system TEXT   what the model is told before you speak (alone: show it)
@@ -22,7 +23,18 @@ HELP = """\
 /help          this list
 /exit          leave (or Ctrl-D)
 Ctrl-C         stop the answer
-End a line with \\ to go on in the next one, or put a longer text between two lines of \"\"\"."""
+//TEXT         the message /TEXT: two slashes where it begins with one
+End a line with \\ to go on in the next one, or put a longer text between two lines of \"\"\"; where
+the input ends, the message ends."""
+
+
+# what could steer the terminal, as the pictures that Unicode has for it
+NO_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+NO_CONTROLS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+class Command(str):
+    """A line that begins with a slash."""
 
 
 class Clock:
@@ -65,17 +77,19 @@ class Terminal:
         if self.interactive:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (history and editing for input())
-            self.console.print(f"{self.name}: type a message, or /help", style="dim")
+            self.say(f"{one_line(self.name)}: type a message, or /help")
         while True:
             try:
                 text = self.read()
             except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
                 self.console.print("\nCtrl-D or /exit leaves", style="dim")
                 continue
             if text is None:
                 return 0
             try:
-                if text.startswith("/"):
+                if isinstance(text, Command):
                     if not self.command(text):
                         return 0
                 elif text.strip():
@@ -83,24 +97,31 @@ class Terminal:
             except (BitNetError, OSError) as error:
                 if not self.interactive:
                     raise
-                self.console.print(Text(str(error), style="red"))
+                self.console.print(Text(one_line(error), style="red"))
 
     def read(self) -> str | None:
-        """The next message, None at the end of the input."""
-        try:
-            line = input("> " if self.interactive else "")
-            if line.strip() == '"""':
-                return "\n".join(iter(self._more, '"""'))
-            while line.endswith("\\"):
-                line = f"{line[:-1]}\n{self._more()}"
-            return line
-        except EOFError:
+        """The next message or `Command`, None at the end of the input."""
+        if (line := self._line("> ")) is None:
             if self.interactive:
                 self.console.print()
             return None
+        if line.strip() == '"""':
+            return "\n".join(self._lines_of_a_block())
+        while line.endswith("\\"):
+            line = "\n".join([line[:-1], self._line("... ") or ""])
+        if line.startswith("//"):
+            return line[1:]
+        return Command(line) if line.startswith("/") else line
 
-    def _more(self) -> str:
-        return input("... " if self.interactive else "")
+    def _lines_of_a_block(self) -> Iterator[str]:
+        while (line := self._line("... ")) is not None and line.strip() != '"""':
+            yield line
+
+    def _line(self, prompt: str) -> str | None:
+        try:
+            return input(prompt if self.interactive else "")
+        except EOFError:
+            return None
 
     def command(self, text: str) -> bool:
         """Obey a line that begins with a slash; False for /exit."""
@@ -120,21 +141,23 @@ class Terminal:
         elif name == "/help":
             self.say(HELP)
         else:
-            self.say(f"There is no {name}: /help lists the commands.")
+            self.say(f"There is no {one_line(name)}: /help lists the commands.")
         return True
 
     def save(self, file: str) -> None:
         if not file:
-            raise BitNetError("name a file: /save conversation.json")
-        path = Path(file).expanduser()
+            raise InputError("name a file: /save conversation.json")
         messages = [m for m in self.session.messages if m["role"] != "system"]
         saved = {"system": self.session.system or "", "messages": messages}
-        part = path.with_name(path.name + ".part")
+        data = json.dumps(saved, ensure_ascii=False, indent=1).encode("utf-8")
         try:
-            part.write_text(json.dumps(saved, ensure_ascii=False, indent=1), encoding="utf-8")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+            path = Path(file).expanduser()
+        except RuntimeError as error:  # ~nobody
+            raise InputError(f"{file}: {error}") from None
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: name a file in it")
+        with all_or_nothing(path, len(data)) as temporary:
+            temporary.write_bytes(data)
         self.say(f"Saved to {path}.")
 
     def say(self, text: str) -> None:
@@ -143,18 +166,18 @@ class Terminal:
     def answer(self, text: str) -> None:
         """Send a message and write the answer as it comes."""
         made, clock = [], Clock()
-        pieces = self.session.send(text, made=made, **self.options)
         try:
-            if self.interactive and not self.console.is_dumb_terminal:
-                self.show_live(pieces, made, clock)
-            else:
-                for piece in pieces:
-                    print(piece, end="", flush=True)
-                print()
+            with contextlib.closing(self.session.send(text, made=made, **self.options)) as pieces:
+                if self.interactive and not self.console.is_dumb_terminal:
+                    self.show_live(pieces, made, clock)
+                else:
+                    for piece in pieces:
+                        print(piece, end="", flush=True)
+                    print()
         except KeyboardInterrupt:
+            if not self.interactive:
+                raise
             self.say("(stopped)")
-        finally:
-            pieces.close()
 
     def show_live(self, pieces: Iterator[str], made: list[int], clock: Clock) -> None:
         """Keep the last line and the speed live; lines that are full scroll away above them."""
@@ -174,7 +197,7 @@ class Terminal:
 
     def wrap(self, text: str) -> list[str]:
         """Cut text into lines of the terminal's width; the last one may still grow."""
-        text = text.expandtabs()
+        text = text.expandtabs().translate(NO_CONTROLS)
         lines = [line.plain for line in Text(text).wrap(self.console, self.console.width)] or [""]
         lines[-1] = lines[-1].rstrip(" ") + text[len(text.rstrip(" ")) :]  # wrap drops spaces
         return lines

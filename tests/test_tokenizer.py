@@ -158,7 +158,8 @@ def test_a_stream_of_any_decoder_gives_the_text_of_the_whole(steps, ids):
     try:
         whole = backend.decode(ids) if ids else ""
     except BaseException as error:  # some decoders panic where there is nothing left to strip
-        assert type(error).__name__ == "PanicException"
+        if type(error).__name__ != "PanicException":
+            raise
         with pytest.raises(InputError, match="cannot decode"):
             list(ours.decode_stream(iter(ids)))
         return
