@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -199,7 +200,9 @@ def test_verify_as_json(capsys, tmp_path):
     assert 0 < found["max_logit_difference"] < found["logit_range"]
     assert found["argmax_agreement"] == 1
     assert found["rounding_flips"] == len(found["flips"])
-    assert len(found["transformers"]["layers"]) == 2 * 2 + 3
+    names = [row["name"] for row in found["transformers"]["layers"]]
+    assert (names[0], names[-1]) == ("embedding", "logits")
+    assert {"layers.0.attention", "layers.1.attention"} < set(names)
 
 
 def test_verify_prints_tables_without_colours(tmp_path):
@@ -379,9 +382,9 @@ SLOW = """
 import sys, time
 from bitnet_edu import cli, model
 forward = model.BitNet.forward
-def slow(self, ids, cache):
+def slow(self, *arguments):
     time.sleep(0.05)
-    return forward(self, ids, cache)
+    return forward(self, *arguments)
 model.BitNet.forward = slow
 sys.exit(cli.main(["chat", "--temperature", "0"]))
 """
@@ -506,3 +509,184 @@ def test_ctrl_c_while_a_verb_works():
         typist.type("\x03")
         assert typist.process.wait(20) == 130
         assert "Traceback" not in typist.seen
+
+
+# Text in, text out
+
+
+def raw(*arguments: str | bytes, stdin: bytes = b"", **environment: str):
+    """A run with bytes instead of text."""
+    return subprocess.run(
+        [sys.executable, "-m", "bitnet_edu.cli", *arguments],
+        input=stdin,
+        capture_output=True,
+        env=os.environ | environment,
+    )
+
+
+def answers(tiny, *texts: str) -> bytes:
+    chat = bitnet_edu.ChatSession(tiny)
+    return "".join("".join(chat.send(text, 4)) + "\n" for text in texts).encode()
+
+
+INPUTS = {
+    "line ends of every system": (b"Hello!\r\nHi\rWhy?\n", ("Hello!", "Hi", "Why?")),
+    "no line end at the end": (b"Hello!", ("Hello!",)),
+    "a byte order mark": (b"\xef\xbb\xbfHello!\n", ("Hello!",)),
+    "UTF-16": ("\ufeffHello!\n".encode("utf-16-le"), ("Hello!",)),
+    "Latin-1": (b"caf\xe9?\n", ("caf\ufffd?",)),
+    "half a character": ("🙂".encode()[:2] + b"\n", ("\ufffd",)),
+    "separators that end no line": ("a\u2028b\x85c\x0bd\n".encode(), ("a\u2028b\x85c\x0bd",)),
+    "a NUL": (b"a\0b\n", ("a\0b",)),
+    "the end within a block": (b'"""\nHello!\nWhy?', ("Hello!\nWhy?",)),
+    "the end after the start of a block": (b'Hello!\n"""\n', ("Hello!",)),
+    "the end after a backslash": (b"Hello!\\", ("Hello!\n",)),
+    "a block with spaces around its ends": (b' """ \nHello!\n """\nWhy?\n', ("Hello!", "Why?")),
+    "a slash": (b"//exit\n", ("/exit",)),
+    "a slash in a block": (b'"""\n/exit\n"""\n', ("/exit",)),
+}
+
+
+@pytest.mark.parametrize("case", INPUTS)
+def test_chat_reads_text_of_any_kind(tiny, case):
+    typed, texts = INPUTS[case]
+    result = raw("chat", "-n", "4", stdin=typed)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert result.stdout == answers(tiny, *texts)
+
+
+@pytest.mark.parametrize("coding", ["utf-8:strict", "utf-8:surrogateescape", "ascii:strict"])
+def test_a_prompt_of_any_bytes(tiny, coding):
+    for arguments, stdin in ((["--prompt", b"caf\xe9?"], b""), ([], b"\xef\xbb\xbfcaf\xe9?")):
+        result = raw(
+            "generate", "--json", "-n", "3", *arguments, stdin=stdin, PYTHONIOENCODING=coding
+        )
+        assert (result.returncode, result.stderr) == (0, b"")
+        said = json.loads(result.stdout.decode("utf-8"))
+        if coding != "ascii:strict" or arguments:
+            assert said["prompt_ids"] == tiny.tokenizer.encode("caf\ufffd?")
+    assert raw("generate", "-n", "1", stdin=b"a\r\nb\r").stdout
+    assert raw("chat", "-n", "1", "--system", b"\xff", stdin=b"Hi\n").returncode == 0
+
+
+def shell(command: str) -> subprocess.CompletedProcess:
+    command = command.replace("bitnet-edu", f'"{sys.executable}" -m bitnet_edu.cli')
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+
+
+needs_bash = pytest.mark.skipif(os.name == "nt", reason="closes streams as a Unix shell does")
+GENERATE = "bitnet-edu generate --prompt Hi -n 2"
+
+
+@needs_bash
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (f"{GENERATE} >&-", "output is closed"),
+        ("bitnet-edu --help >&-", "output is closed"),
+        ("bitnet-edu generate <&-", "input is closed"),
+        ("bitnet-edu chat <&-", "input is closed"),
+        (f"{GENERATE} >/dev/full", "No space left"),
+        (f"{GENERATE} --json >/dev/full", "No space left"),
+        ("bitnet-edu info >/dev/full", "No space left"),
+        ("bitnet-edu --help >/dev/full", "No space left"),
+        ("echo Hi | bitnet-edu chat -n 2 >/dev/full", "No space left"),
+        ("bitnet-edu info $'no\\xff\\x1b[31m\\nsuch'", "no model"),
+        ("bitnet-edu info --$'\\x1b[31m\\n'", "unrecognized"),
+        ("echo /save ~nouser/x | bitnet-edu chat", "nouser"),
+        ("echo /save / | bitnet-edu chat", "folder"),
+        ("echo /save .. | bitnet-edu chat", "folder"),
+        ("echo /save | bitnet-edu chat", "name a file"),
+        ("echo /save /proc/x | bitnet-edu chat", "/proc/x"),
+        ("echo /save /dev/null/x | bitnet-edu chat", "/dev/null/x"),
+        (f"{GENERATE} --seed -1", "seed"),
+        (f"{GENERATE} --seed {2**64}", "seed"),
+        (f"{GENERATE} --temperature nan", "temperature"),
+        (f"{GENERATE} --top-p 0", "top_p"),
+        ("bitnet-edu chat --top-k 0 </dev/null", "top_k"),
+        ("bitnet-edu chat -n 0 </dev/null", "max_new_tokens"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(command, words):
+    if "/dev/full" in command and not os.path.exists("/dev/full"):  # noqa: PTH110
+        pytest.skip("this system has no /dev/full")
+    result = shell(command)
+    assert (result.returncode, result.stdout) == (2, "")
+    [line] = result.stderr.splitlines()
+    assert words in line
+    assert line.isprintable()
+
+
+@needs_bash
+def test_closed_streams_that_are_not_needed():
+    whole = shell(GENERATE)
+    assert (whole.returncode, whole.stderr) == (0, "")
+    for closed in ("<&-", "2>&-", "<&- 2>&-", "2>/dev/full"):
+        result = shell(f"{GENERATE} {closed}")
+        assert (result.returncode, result.stdout) == (0, whole.stdout), closed
+    assert shell(f"{GENERATE} --seed -1 2>&-").returncode == 2
+    assert json.loads(shell(f"{GENERATE} --json 2>&-").stdout)
+    assert shell(f"{GENERATE} --temperature 1e-320").stdout == whole.stdout
+
+
+def test_a_path_that_is_no_text_leaves_json_whole(capsys):
+    cli.print_json({"path": "a\udcff", "x": ["\ud800é"]})
+    out = capsys.readouterr().out
+    assert out.isascii()
+    assert json.loads(out) == {"path": "a\ufffd", "x": ["\ufffdé"]}
+
+
+SLOW_PROMPT = """
+import sys, time
+from bitnet_edu import cli, generate
+from bitnet_edu.generate import BitNetLM
+generate.BATCH = 8
+forward = BitNetLM.forward
+def slow(self, *arguments):
+    time.sleep(0.3 if len(arguments[0]) > 1 else 0)
+    return forward(self, *arguments)
+BitNetLM.forward = slow
+sys.exit(cli.main(["chat", "-n", "5"]))
+"""
+
+
+@needs_pty
+def test_ctrl_c_while_the_prompt_is_read_leaves_no_turn(tmp_path):
+    with Typist(SLOW_PROMPT) as typist:
+        typist.wait_for("> ")
+        typist.type("word " * 100 + "\n")
+        typist.wait_for("word \r\n")
+        time.sleep(1)
+        typist.type("\x03")
+        typist.wait_for("(stopped)", seconds=5)
+        typist.wait_for("> ")
+        file = tmp_path / "talk.json"
+        typist.type(f"/save {file}\n")
+        typist.wait_for("Saved")
+        assert json.loads(file.read_text(encoding="utf-8"))["messages"] == []
+        typist.type("/exit\n")
+        assert typist.process.wait(20) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_an_interrupted_pipe_ends_with_130(verb):
+    code = SLOW_PROMPT.replace("sys.exit", "print('x', file=sys.stderr, flush=True); sys.exit")
+    code = code.replace('["chat", "-n", "5"]', "sys.argv[1:]").replace("0.3", "1.0")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, verb],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdin.write(b"word " * 300 + b"\n")
+    process.stdin.flush()
+    if verb == "generate":
+        process.stdin.close()
+    assert process.stderr.readline() == b"x\n"  # from here on, whatever it does
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    held, process.stdin = process.stdin, None  # open, for communicate would end the input
+    out, err = process.communicate(timeout=20)
+    held.close()
+    assert (process.returncode, out, err) == (130, b"", b"")
