@@ -1,6 +1,7 @@
 """What bitnet_edu refuses is a `BitNetError` that says what is wrong and what to do."""
 
 import numbers
+import re
 import unicodedata
 
 
@@ -48,6 +49,16 @@ def require_whole(value: int, least: int, most: int | None, what: str) -> None:
     if not is_whole(value) or value < least or (most is not None and value > most):
         span = f"from {least} up" if most is None else f"from {least} to {most}"
         raise InputError(f"{what} must be a whole number {span}, not {value!r:.80}")
+
+
+def clean_text(text: str, what: str) -> str:
+    """`text`, with U+FFFD for lone surrogates, which are no characters and have no UTF-8.
+
+    The one place where text comes in. InputError, which names `what`, for what is no `str`.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"{what} must be text, not {text!r:.80}")
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def one_line(message: object) -> str:

@@ -1,15 +1,15 @@
 """Text to token ids and back, and a conversation to the prompt that a model was trained on."""
 
 import json
-import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as HFTokenizer
 
-from bitnet_edu.chat_template import render
-from bitnet_edu.errors import CheckpointError, InputError, is_whole
+from bitnet_edu.chat_template import MAX_SECONDS, render
+from bitnet_edu.errors import CheckpointError, InputError, clean_text, is_whole
 from bitnet_edu.tokenizer_json import read_parts, refusing
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}, and what else a template may know
@@ -30,16 +30,6 @@ JOINING = {"Fuse", "ByteLevel"}
 # What transformers takes out of decoded text (`clean_up_tokenization_spaces`).
 TIDIED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 REASONING = ("reasoning_content", "thinking", "reasoning")
-
-
-def clean_text(text: str, what: str) -> str:
-    """`text`, with U+FFFD for lone surrogates, which are no characters and have no UTF-8.
-
-    The one place where text comes in. InputError, which names `what`, for what is no `str`.
-    """
-    if not isinstance(text, str):
-        raise InputError(f"{what} must be text, not {text!r:.80}")
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 class Tokenizer:
@@ -175,8 +165,10 @@ class Tokenizer:
         return self.encode(self.chat_text(messages, add_generation_prompt), False)
 
     def _require_template(self, file: str | Path) -> None:
-        refusals = []
+        refusals, start = [], time.monotonic()
         for roles in TRIALS:
+            if time.monotonic() - start > MAX_SECONDS:
+                break
             try:
                 self.chat_text([{"role": role, "content": "Hello"} for role in roles])
             except InputError as error:

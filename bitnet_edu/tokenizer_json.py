@@ -7,6 +7,7 @@ process ends. What does that is named here before the library sees it.
 import base64
 import binascii
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from bitnet_edu.errors import BitNetError, CheckpointError
+from bitnet_edu.errors import BitNetError, CheckpointError, clean_text
 from bitnet_edu.files.config import fault, read_json
 
+PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 MAX_STEPS = 200  # things in a normalizer, pre-tokenizer, post-processor or decoder
-MAX_GROWTH = 4096  # how many times longer replacements may make a text
+MAX_GROWTH = 1024  # how many times longer replacements may make a text
 MAX_INSERTED = 1024  # characters that a step may insert
 LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 
@@ -79,8 +81,10 @@ def backend_of(text: str, what: str) -> Tokenizer:
         raw = json.loads(text, object_pairs_hook=_object)
         if not isinstance(raw, dict):
             raise ValueError("it must hold a JSON object")
-        for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-            _require_sane(raw.get(part), part)
+        growth = {part: _growth(raw.get(part), part) for part in PARTS}
+        decoder = growth.pop("decoder")
+        if (worst := max(decoder, math.prod(growth.values()))) > MAX_GROWTH:
+            raise ValueError(f"it can make a text {worst:.3g} times longer")
         return Tokenizer.from_str(text)
 
 
@@ -92,26 +96,32 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _require_sane(part: Any, name: str) -> None:
-    """ValueError for what makes the library panic, run for ever or take all memory."""
+def _growth(part: Any, name: str) -> float:
+    """How many times longer a part of a tokenizer can make a text.
+
+    ValueError for what makes the library panic or run for ever.
+    """
     steps = list(_objects(part))
     if len(steps) > MAX_STEPS:
         raise ValueError(f"the {name} has more than {MAX_STEPS} steps")
     growth = 1.0
     for step in steps:
-        if "precompiled_charsmap" in step:
-            _require_charsmap(step["precompiled_charsmap"])
         if step.get("type") == "FixedLength" and step.get("length", 1) == 0:
             raise ValueError(f"the {name} cuts text into pieces of length 0")
         inserted = step.get("content", step.get("prepend", ""))
         if isinstance(inserted, str) and len(inserted) > MAX_INSERTED:
             raise ValueError(f"the {name} inserts a text of {len(inserted)} characters")
-        if isinstance(pattern := step.get("pattern"), dict) and isinstance(inserted, str):
-            growth *= _growth(pattern, inserted) if "content" in step else 1
+        if step.get("type") == "ByteLevel" or "trim_offsets" in step:
+            growth *= 2  # bytes beyond ASCII are written as two
+        if "" in (step.get("word_delimiter_token"), step.get("suffix")):
+            growth *= 2  # a space between any two characters
+        if isinstance(pattern := step.get("pattern"), dict) and "content" in step:
+            growth *= _replacement(pattern, str(inserted))
+        if step.get("precompiled_charsmap") is not None:
+            growth *= _longest_mapping(step["precompiled_charsmap"])
         if "single" in step or "pair" in step:
             growth *= _copies(step)
-    if growth > MAX_GROWTH:
-        raise ValueError(f"the {name} can make a text {growth:.3g} times longer")
+    return growth
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:
@@ -122,7 +132,7 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
             yield from _objects(inner)
 
 
-def _growth(pattern: dict[str, Any], content: str) -> float:
+def _replacement(pattern: dict[str, Any], content: str) -> float:
     """How many times longer replacing a pattern can make a text."""
     literal = pattern.get("String")
     if isinstance(literal, str) and literal:
@@ -145,10 +155,8 @@ def _copies(template: dict[str, Any]) -> int:
     return most
 
 
-def _require_charsmap(encoded: Any) -> None:
-    """A table of sentencepiece: the size of a trie in bytes, the trie, texts."""
-    if encoded is None:
-        return
+def _longest_mapping(encoded: Any) -> int:
+    """Bytes of the longest text in a table of sentencepiece: a trie's size, the trie, texts."""
     try:
         table = base64.b64decode(encoded, validate=True)
     except (binascii.Error, TypeError, ValueError):
@@ -156,6 +164,7 @@ def _require_charsmap(encoded: Any) -> None:
     size = int.from_bytes(table[:4], "little")
     if len(table) < 8 or size % 4 or not 4 <= size <= len(table) - 4:
         raise ValueError("the precompiled_charsmap is cut off or damaged")
+    return max(1, *map(len, table[4 + size :].split(b"\0")))
 
 
 def _llama(file: Tokenizer, model: dict[str, Any], config: dict[str, Any]) -> Tokenizer:
@@ -260,7 +269,7 @@ def _text(token: str | dict[str, Any]) -> str:
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str):
         raise ValueError(f"a special token must be text, not {token!r:.80}")
-    return text
+    return clean_text(text, "a special token")
 
 
 def _token(token: str | dict[str, Any], options: dict[str, bool]) -> AddedToken:

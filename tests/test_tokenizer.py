@@ -239,3 +239,225 @@ def test_damaged_files_are_refused_by_name(tmp_path, file, content):
     (tmp_path / file).write_text(content)
     with pytest.raises(CheckpointError, match=file):
         Tokenizer.from_folder(tmp_path)
+
+
+# Files that would harm the library, or the machine: refused by name before they can
+
+DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+TWICE = [{"Sequence": {"id": "A", "type_id": 0}}] * 2
+ANY = {"id": 5, "content": "a", "special": False, "normalized": True}
+ANY |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+HARMFUL = {
+    "forty doublings": {"normalizer": {"type": "Sequence", "normalizers": [DOUBLING] * 40}},
+    "a doubling without its type": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{key: DOUBLING[key] for key in ("pattern", "content")}] * 40,
+        }
+    },
+    "a long insertion": {"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}},
+    "a table that says it is 4 GB long": {
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}
+    },
+    "an empty table": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},
+    "a table that is none": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "é"}},
+    "pieces of length 0": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "bytes of bytes of bytes": {
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+            ]
+            * 30,
+        }
+    },
+    "texts twice, forty times": {
+        "post_processor": {
+            "type": "Sequence",
+            "processors": [
+                {"type": "TemplateProcessing", "single": TWICE, "pair": [], "special_tokens": {}}
+            ]
+            * 40,
+        }
+    },
+    "a token that is not declared": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "q", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {},
+        }
+    },
+    "spaces between spaces": {
+        "decoder": {"type": "Sequence", "decoders": [{"type": "BPEDecoder", "suffix": ""}] * 40}
+    },
+    "an id beyond all": {"added_tokens": [ANY | {"id": 2**32}]},
+    "no model": {"model": None},
+    "steps without end": {
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}] * 10**4}
+    },
+}
+
+
+@pytest.mark.parametrize("case", HARMFUL)
+def test_harmful_tokenizers_are_refused_by_name_before_the_library_sees_them(tmp_path, case):
+    write_tokenizer(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | HARMFUL[case]))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path):
+    """One of the two would be looked at, and the other one used."""
+    write_tokenizer(tmp_path)
+    text = (tmp_path / "tokenizer.json").read_text()
+    twice = text.replace(
+        '"normalizer": null', '"normalizer": {"type": "NFC"}, "normalizer": null', 1
+    )
+    assert twice != text
+    (tmp_path / "tokenizer.json").write_text(twice)
+    with pytest.raises(CheckpointError, match="twice"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "model": {
+                "type": "WordPiece",
+                "unk_token": "zz",
+                "continuing_subword_prefix": "##",
+                "max_input_chars_per_word": 9,
+                "vocab": {"a": 0},
+            },
+            "post_processor": None,
+            "added_tokens": [],
+        },
+        {
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": "(a+)+b"},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        },
+    ],
+    ids=["an unknown token that is unknown", "a pattern without end"],
+)
+def test_what_the_library_throws_at_use_is_one_error(tmp_path, changes):
+    write_tokenizer(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | changes))
+    ours = Tokenizer.from_folder(tmp_path)
+    with pytest.raises(InputError, match="cannot encode"):
+        ours.encode("a" * 60)
+
+
+@pytest.mark.parametrize("text", [None, 5, b"Hello", ["Hello"], 1.5])
+def test_what_is_no_text_is_refused(ours, text):
+    for call in (ours.encode, ours.token_id, lambda text: Tokenizer(ours.backend, text)):
+        with pytest.raises(InputError, match="text"):
+            call(text)
+
+
+@pytest.mark.parametrize("ids", [None, 5, "5", b"5", [1.0], ["1"], [True], [[1]], [None], [2**40]])
+def test_what_are_no_ids_are_refused(ours, ids):
+    with pytest.raises(InputError, match="token id"):
+        ours.decode(ids)
+
+
+def test_lone_surrogates_become_replacement_characters_everywhere(tmp_path):
+    write_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    template = "{{ bos_token }}{{ pad_token }}é\ud800{{ '\\ud800' }}{{ messages[0].content }}"
+    config |= {"bos_token": "x\ud800", "pad_token": "\udfff", "chat_template": template}
+    path.write_text(json.dumps(config))
+    ours = Tokenizer.from_folder(tmp_path)
+    text = ours.chat_text([{"role": "user", "content": "\udcff", "\ud800": "\ud800"}])
+    assert text == "x\ufffd\ufffdé\ufffd\ufffd\ufffd"
+    assert ours.encode("a\ud800") == ours.encode("a\ufffd")
+
+
+# Templates within bounds
+
+ENDLESS = {
+    "loops in loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}"
+    "{% endfor %}",
+    "a power": "{{ 9 ** (9 ** 9) }}",
+    "squares of squares": "{% set n = namespace(x=9) %}{% for i in range(99) %}"
+    "{% set n.x = n.x * n.x %}{% endfor %}",
+    "a text times a number": "{{ 'hello ' * 20000000 }}",
+    "a wide text": "{{ 'x' | center(1000000000) }}",
+    "a wide text by a method": "{{ 'x'.rjust(width=1000000000) }}",
+    "a wide number": "{{ '%1000000000d' % 5 }}",
+    "a wide number by a variable": "{{ '{:{}}'.format(5, 1000000000) }}",
+    "long times long": "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}",
+    "long between many": "{{ range(99999) | map('string') | join('b' * 1000000) }}",
+    "a deep indent": "{{ messages | tojson(indent=1000000000) }}",
+    "doubling with ~": "{% set n = namespace(x='ab') %}{% for i in range(99) %}"
+    "{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "doubling with +": "{% set n = namespace(x='ab') %}{% for i in range(99) %}"
+    "{% set n.x = n.x + n.x %}{% endfor %}",
+    "doubling with blocks": "{% set n = namespace(x='ab') %}{% for i in range(99) %}"
+    "{% set t %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = t %}{% endfor %}",
+    "lists of lists": "{% set n = namespace(x=[1]) %}{% for i in range(99) %}"
+    "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+    "dicts of dicts": "{% set n = namespace(x=1) %}{% for i in range(99) %}"
+    "{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}{{ n.x | tojson }}",
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "recursion by twos": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}"
+    "{% endmacro %}{{ m(60) }}",
+    "loops that call loops": "{% for a in range(99999) recursive %}{% if loop.depth < 9 %}"
+    "{{ loop(range(99999)) }}{% endif %}{% endfor %}",
+    "a long text again and again": "{% for a in range(99999) %}" + "x" * 10000 + "{% endfor %}",
+    "a template without end": "x" * 10**6,
+    "sums of lists": "{{ ([[1] * 40] * 99999) | sum(start=[]) }}",
+    "a large number as bytes": "{{ (5).to_bytes(1000000000, 'little') }}",
+    "rounding far": "{{ 1.5 | round(1000000000, 'ceil') }}",
+    "brackets": "{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}",
+}
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_a_template_without_end_is_refused_at_load_and_by_name(tmp_path, case):
+    write_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"chat_template": ENDLESS[case]}))
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: the chat template"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_template_that_only_some_conversations_make_endless(ours):
+    template = "{% if messages | length > 1 %}{{ 'x' * 10 ** 9 }}{% endif %}Hello"
+    tokenizer = Tokenizer(ours.backend, template)
+    turn = {"role": "user", "content": "x"}
+    assert tokenizer.chat_text([turn]) == "Hello"
+    with pytest.raises(InputError, match="template"):
+        tokenizer.chat_text([turn, turn])
+
+
+def test_a_template_that_can_write_nothing_is_refused_and_a_picky_one_is_not(tmp_path):
+    write_tokenizer(tmp_path)
+    path = tmp_path / "chat_template.jinja"
+    for template in (
+        "{% for %}",
+        "{{ raise_exception('never') }}",
+        "{{ messages.nothing.at.all }}",
+    ):
+        path.write_text(template)
+        with pytest.raises(CheckpointError, match=r"chat_template\.jinja"):
+            Tokenizer.from_folder(tmp_path)
+    picky = "{% if messages[0].role != 'ROLE' %}{{ raise_exception('no') }}{% endif %}Hello"
+    for role in ("user", "system"):
+        path.write_text(picky.replace("ROLE", role))
+        ours = Tokenizer.from_folder(tmp_path)
+        assert ours.chat_text([{"role": role, "content": "x"}]) == "Hello"
+
+
+def test_long_conversations_are_within_bounds(ours):
+    turns = [{"role": "user", "content": "word " * 200}] * 600
+    text = ours.chat_text(turns)
+    assert text.count("word") == 600 * 200
