@@ -11,7 +11,6 @@ import errno
 import inspect
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -415,21 +414,15 @@ def download(args: argparse.Namespace) -> int:
 def app(args: argparse.Namespace) -> int:
     """Open the explorer in a browser: chat, benchmark, published results, architecture, system.
 
-    Serves on this machine only, until Ctrl-C. Needs voila (the extra `ui`).
+    Serves on this machine only, until Ctrl-C, and only to who has the token in the address that is
+    printed. Needs voila (the extra `ui`).
     """
-    import importlib.util
-    import subprocess
-
-    if importlib.util.find_spec("voila") is None:
-        raise InputError("the explorer needs voila: pip install 'bitnet-edu[ui]'")
-    notebook = Path(__file__).parent / "ui" / "app.ipynb"
-    command = [sys.executable, "-m", "voila", str(notebook), f"--port={args.port}"]
-    command += ["--Voila.ip=127.0.0.1", "--show_tracebacks=True"]
-    command += ["--no-browser"] * args.no_browser
-    environment = os.environ | {"BITNET_EDU_APP_MODEL": args.model}
-    process = subprocess.Popen(command, env=environment)
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    return process.wait()
+    try:
+        from bitnet_edu.ui.app import serve
+    except ModuleNotFoundError as error:
+        raise InputError(f"the explorer needs {error.name}: pip install 'bitnet-edu[ui]'") from None
+    serve(args.model, args.port, open_browser=not args.no_browser)
+    return 0
 
 
 def bench(args: argparse.Namespace) -> int:

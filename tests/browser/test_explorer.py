@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import nbformat
 import pytest
@@ -53,12 +54,12 @@ def server(command: list[str], port: int, log: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def voila_url(tmp_path_factory) -> Iterator[str]:
+def voila_url() -> Iterator[str]:
     """`bitnet-edu app`, as a user starts it."""
-    port = free_port()
-    command = [sys.executable, "-m", "bitnet_edu.cli", "app", "--no-browser", "--port", str(port)]
-    with server(command, port, tmp_path_factory.mktemp("voila") / "log") as url:
-        yield url
+    command = [sys.executable, "-m", "bitnet_edu.cli", "app", "--no-browser", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield process.stdout.readline().strip()
+        process.terminate()
 
 
 # tiny answers faster than anybody can press Stop, so it gets the pace of a large model
@@ -281,6 +282,30 @@ def test_other_panels_in_voila(page: Page, voila_url: str):
     expect(page.locator(".bn-details pre")).to_contain_text("def bit_linear")
     page.get_by_role("tab", name="System").click()
     expect(page.locator(".bn-system")).to_contain_text("Kernel")
+
+
+def test_app_asks_no_other_host(page: Page, voila_url: str):
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("websocket", lambda socket: asked.append(socket.url))
+    page.goto(voila_url)
+    page.locator(".bn-chat").wait_for()
+    idle(page)
+    for name in ("Benchmark", "Paper", "Architecture", "System"):
+        page.get_by_role("tab", name=name).click()
+    here = urlsplit(voila_url).netloc
+    assert {urlsplit(url).scheme for url in asked} >= {"http", "ws"}
+    assert {urlsplit(u).netloc for u in asked if not u.startswith(("data:", "blob:"))} == {here}
+
+
+def test_page_without_the_token_shows_nothing(browser: Browser, voila_url: str):
+    page = browser.new_page()
+    page.goto(voila_url.split("?")[0])
+    assert "with its token" in page.locator("body").inner_text()
+    page.goto(voila_url)  # and with the cookie that this gives, the bare address is enough
+    page.goto(voila_url.split("?")[0])
+    page.locator(".bn-chat").wait_for(timeout=MINUTE)
+    page.close()
 
 
 def test_chat_in_jupyterlab(page: Page, lab_url: str):
