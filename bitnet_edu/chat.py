@@ -1,6 +1,7 @@
 """A conversation: messages in, pieces of text out, the KV cache kept between turns."""
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 
 from bitnet_edu.errors import ContextLengthError, InputError
 from bitnet_edu.generate import (
@@ -109,6 +110,27 @@ class ChatSession:
         self.system = system
         self.cache.truncate(0)
         self._cached_ids = []
+
+    def drop_oldest(self, room: int, *more: Message, look: Callable[[], None]) -> None:
+        """Drop the oldest turns until the prompt with `more` at its end has at most `room` tokens.
+
+        At worst all turns go; the system message stays. `look` is called before each count of
+        tokens and may raise to stop: then nothing is dropped.
+        """
+        system = [m for m in self.messages if _is_system(m)]
+        talk = [m for m in self.messages if not _is_system(m)]
+        cuts = [i for i, m in enumerate(talk) if m["role"] == "user"] + [len(talk)]
+
+        def fits(cut: int) -> bool:
+            look()
+            conversation = [*system, *talk[cut:], *more]
+            return len(self.model.require_tokenizer().apply_chat_template(conversation)) <= room
+
+        kept = 1  # turns; doubled, so that no more is counted than about twice what fits
+        while kept < len(cuts) and fits(cuts[-1 - kept]):
+            kept *= 2
+        first, last = max(0, len(cuts) - 1 - kept), len(cuts) - 1
+        self.messages = system + talk[cuts[bisect_left(cuts, True, first, last, key=fits)] :]
 
     def _answer(
         self,

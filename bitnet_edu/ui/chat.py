@@ -7,7 +7,7 @@ as text and is shown with `textContent`: what a model writes is never HTML.
 import io
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,16 @@ import traitlets
 import bitnet_edu
 from bitnet_edu.chat import ChatSession
 from bitnet_edu.errors import BitNetError, ContextLengthError
-from bitnet_edu.files.hub import download, is_hub_id
+from bitnet_edu.files.hub import MODEL, download, is_hub_id
 from bitnet_edu.generate import BitNetLM
+from bitnet_edu.tokenizer import clean_text
 
 UPDATES_PER_SECOND = 15
-HUB_MODEL = "microsoft/bitnet-b1.58-2B-4T"
 SAMPLING = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0, "max_new_tokens": 256}
+
+
+class Stopped(BitNetError):
+    """Stop was pressed before there was anything to keep."""
 
 
 class ChatPanel(anywidget.AnyWidget):
@@ -41,11 +45,18 @@ class ChatPanel(anywidget.AnyWidget):
     stats = traitlets.Dict().tag(sync=True)
     source = traitlets.Unicode().tag(sync=True)
     sources = traitlets.List().tag(sync=True)
-    system = traitlets.Unicode().tag(sync=True)
-    settings = traitlets.Dict(SAMPLING).tag(sync=True)
+    # set by the page, so of any type until they are used
+    system = traitlets.Any("").tag(sync=True, echo_update=False)
+    settings = traitlets.Any(SAMPLING).tag(sync=True, echo_update=False)
+
+    @traitlets.validate(
+        *["messages", "partial", "notice", "unsent", "source", "sources", "system", "settings"]
+    )
+    def _sendable(self, proposal: Any) -> Any:
+        return sendable(proposal.value)
 
     def __init__(self, source: str = "tiny", system: str = ""):
-        super().__init__(source=source, system=system, sources=_unique("tiny", source, HUB_MODEL))
+        super().__init__(source=source, system=system, sources=_unique("tiny", source, MODEL))
         self._stop = threading.Event()
         self._worker: threading.Thread | None = None
         self.session: ChatSession | None = None
@@ -61,19 +72,19 @@ class ChatPanel(anywidget.AnyWidget):
         elif self.busy:
             self.notice = "One thing at a time: stop the answer first."
         elif action == "load":
-            self._start(self._load, str(value).strip() or "tiny")
+            self._start(self._load, value)
         elif self.session is None:
             self.notice = "No model is loaded: choose one first."
-        elif action == "send" and str(value).strip():
-            self._start(self._answer, str(value))
+        elif action == "send":
+            self._start(self._answer, value)
         elif action == "again":
             self._start(self._answer_again)
         elif action == "forget" and self.unsent:
             self._start(self._forget_oldest)
         elif action == "clear":
-            self._reset([])
+            self._start(self._reset, [])
         elif action == "open":
-            self._open(value)
+            self._start(self._open, value)
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until the running answer or load has ended; for tests and scripts."""
@@ -95,105 +106,126 @@ class ChatPanel(anywidget.AnyWidget):
             self.notice = str(error)
         except MemoryError:
             self.notice = "Out of memory: choose a smaller model or a shorter conversation."
-        except Exception as error:  # a thread's exception would vanish otherwise
+        except BaseException as error:  # it would vanish with the thread; Rust's panics are such
             self.notice = f"{type(error).__name__}: {error}"
         finally:
             self.partial, self.busy = "", False
 
-    def _load(self, source: str) -> None:
+    def _load(self, source: Any) -> None:
+        clean_text(source, "the name of a model")  # refuses what is no text
+        source = source.strip() or "tiny"
         self.notice = f"Loading {source} ..."
         if is_hub_id(source) and not Path(source).exists():
             download(source, tqdm_class=progress_bar(self._follow_download))
         model: BitNetLM = bitnet_edu.load(source)
         if model.tokenizer is None:
             raise BitNetError(f"{source} has no tokenizer.json, so there is nothing to chat with")
-        self.session = ChatSession(model, self.system or None)
+        self._look(f"stopped; {self.source} stays the model")
+        self.session = ChatSession(model)
         self.source, self.sources = source, _unique(*self.sources, source)
         self.notice = ""
         self._reset([])
 
     def _reset(self, messages: list[dict[str, str]]) -> None:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        self.session.messages = system + messages
-        self.session.cache.truncate(0)
+        self.session.clear()
+        self.session.messages += messages
+        self.unsent = ""
         self._show()
 
     def _open(self, saved: Any) -> None:
         """Replace the conversation by a saved one: {"system": ..., "messages": [...]}."""
         messages = saved.get("messages") if isinstance(saved, dict) else None
         if not isinstance(messages, list) or not all(_is_message(m) for m in messages):
-            self.notice = "This file is not a saved conversation: it needs a list of messages."
-            return
-        self.system = str(saved.get("system", ""))
-        self._reset([{"role": m["role"], "content": m["content"]} for m in messages])
+            raise BitNetError("This file is not a saved conversation: it needs a list of messages.")
+        system = saved.get("system")
+        self.system = "" if system is None else clean_text(system, "a saved system prompt")
+        self._reset(sendable([{"role": m["role"], "content": m["content"]} for m in messages]))
+
+    def _look(self, notice: str) -> None:
+        """Raise Stopped if Stop was pressed."""
+        if self._stop.is_set():
+            raise Stopped(notice)
 
     def _follow_download(self, done: int, total: int, name: str) -> None:
-        if self._stop.is_set():
-            raise BitNetError("stopped; the next download continues where this one ended")
+        self._look("stopped; the next download continues where this one ended")
         share = f"{done / total:.0%} of {total / 1e6:,.0f} MB" if total else f"{done / 1e6:,.0f} MB"
         self.notice = f"Downloading {name}: {share}"
 
-    def _answer(self, text: str) -> None:
-        self._sync_system()
+    def _follow_prompt(self, done: int, total: int) -> None:
+        self._look("Stopped before the answer began.")
+        if done:
+            self.notice = f"Reading {done:,} of {total:,} tokens"
+
+    def _answer(self, text: Any) -> None:
+        text = clean_text(text, "a message")
+        if not text.strip():
+            return
         self.unsent = text
         try:
-            self._write(self.session.send(text, **self._options()), waiting_for=text)
+            self._prepare()
+            pieces = self.session.send(text, **self._options())
         except ContextLengthError:
-            self.full = self._fits([], text)
+            self.full = self._fits_alone(text)
             raise
+        self.messages = [*self.messages, {"role": "user", "content": text}]
+        self._write(pieces)
         self.unsent = ""
+
+    def _prepare(self) -> None:
+        system = "" if self.system is None else self.system
+        self.session.system = clean_text(system, "the system prompt")
 
     def _forget_oldest(self) -> None:
         """Drop the oldest questions and answers until half of the context is free; send again."""
-        kept = [m for m in self.session.messages if m["role"] != "system"]
-        while kept and not self._fits(kept, self.unsent, self.session.cache.max_len // 2):
-            kept = kept[2:]
-        self._reset(kept)
+        self._prepare()
+        question = {"role": "user", "content": self.unsent}
+        self.session.drop_oldest(
+            self.session.cache.max_len // 2,
+            question,
+            look=lambda: self._look("Stopped; nothing is forgotten."),
+        )
+        self._show()
         self._answer(self.unsent)
 
-    def _fits(self, messages: list[dict], text: str, limit: int | None = None) -> bool:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        conversation = [*system, *messages, {"role": "user", "content": text}]
-        ids = self.session.model.require_tokenizer().apply_chat_template(conversation)
-        return len(ids) < (limit or self.session.cache.max_len)
+    def _fits_alone(self, text: str) -> bool:
+        system = [m for m in self.session.messages if m["role"] == "system"]
+        tokenizer = self.session.model.require_tokenizer()
+        ids = tokenizer.apply_chat_template([*system, {"role": "user", "content": text}])
+        return len(ids) < self.session.cache.max_len
 
     def _answer_again(self) -> None:
-        messages = self.session.messages
-        if messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        if not messages or messages[-1]["role"] != "user":
+        self._prepare()
+        session, before = self.session, list(self.session.messages)
+        if before and before[-1]["role"] == "assistant":
+            session.messages = before[:-1]
+        if not session.messages or session.messages[-1]["role"] != "user":
+            session.messages = before
             raise BitNetError("There is nothing to answer yet.")
-        self._sync_system()
-        self._write(self.session.answer(**self._options()))
-
-    def _sync_system(self) -> None:
-        kept = [m for m in self.session.messages if m["role"] != "system"]
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        self.session.messages = system + kept
+        try:
+            pieces = session.answer(**self._options())
+            self._show()
+            self._write(pieces)
+        finally:
+            if session.messages[-1]["role"] == "user":  # no other answer came: the old one stays
+                session.messages = before
+                self._show()
 
     def _options(self) -> dict[str, Any]:
-        chosen = SAMPLING | self.settings
-        return {
-            "temperature": float(chosen["temperature"]),
-            "top_p": float(chosen["top_p"]),
-            "top_k": int(chosen["top_k"]) or None,
-            "seed": int(chosen["seed"]),
-            "max_new_tokens": int(chosen["max_new_tokens"]),
-        }
+        if not isinstance(self.settings, dict):
+            raise BitNetError(f"the settings must be names with values, not {self.settings!r:.80}")
+        chosen = {name: self.settings.get(name, usual) for name, usual in SAMPLING.items()}
+        chosen["top_k"] = chosen["top_k"] if chosen["top_k"] != 0 else None
+        return chosen | {"progress": self._follow_prompt}
 
-    def _write(self, pieces, waiting_for: str = "") -> None:
+    def _write(self, pieces: Generator[str, None, None]) -> None:
         """Stream an answer into `partial` until it ends or Stop is pressed."""
-        if waiting_for:
-            self.messages = [*self.messages, {"role": "user", "content": waiting_for}]
-        else:
-            self._show()
         start, first, shown, text = time.perf_counter(), None, 0.0, ""
         before = self.session.context_used
         try:
             for piece in pieces:
                 now = time.perf_counter()
                 if first is None:
-                    first, before = now, self.session.context_used
+                    first, before, self.notice = now, self.session.context_used, ""
                 text += piece
                 if now - shown > 1 / UPDATES_PER_SECOND:
                     self.partial, shown = text, now
@@ -238,6 +270,15 @@ def progress_bar(tell: Callable[[int, int, str], None]) -> type:
             self.disable = True  # a bar that ends has nothing more to tell
 
     return Progress
+
+
+def sendable(value: Any) -> Any:
+    """The same JSON with text that has UTF-8 (lone surrogates, legal in JSON, have none)."""
+    if isinstance(value, str):
+        return clean_text(value, "text")
+    if isinstance(value, dict):
+        return {sendable(key): sendable(content) for key, content in value.items()}
+    return [sendable(content) for content in value] if isinstance(value, list | tuple) else value
 
 
 def _unique(*names: str) -> list[str]:
