@@ -23,6 +23,10 @@ from bitnet_edu.tokenizer import clean_text
 
 UPDATES_PER_SECOND = 15
 SAMPLING = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0, "max_new_tokens": 256}
+HOLD_TEXT = (
+    *("messages", "partial", "notice", "unsent"),
+    *("source", "sources", "system", "settings"),
+)
 
 
 class Stopped(BitNetError):
@@ -49,9 +53,7 @@ class ChatPanel(anywidget.AnyWidget):
     system = traitlets.Any("").tag(sync=True, echo_update=False)
     settings = traitlets.Any(SAMPLING).tag(sync=True, echo_update=False)
 
-    @traitlets.validate(
-        *["messages", "partial", "notice", "unsent", "source", "sources", "system", "settings"]
-    )
+    @traitlets.validate(*HOLD_TEXT)
     def _sendable(self, proposal: Any) -> Any:
         return sendable(proposal.value)
 

@@ -6,8 +6,15 @@ import threading
 import ipywidgets
 
 from bitnet_edu import system
+from bitnet_edu.kernels.simd import KERNELS
 
 SECONDS = 2  # between two readings
+WHAT = {  # each kernel of `KERNELS`
+    "vnni": "64 products of bytes, added in fours, in one instruction (AVX-512 VNNI)",
+    "avx2": "32 products of bytes, added in pairs, in one instruction (AVX2)",
+    "sdot": "16 products of bytes, added in fours, in one instruction (Arm's dot product)",
+    "portable": "what the compiler makes of plain code for this CPU",
+}
 
 
 class SystemPanel(ipywidgets.VBox):
@@ -47,6 +54,7 @@ def machine_rows() -> list[tuple[str, str]]:
         ("Processor", m.cpu),
         ("SIMD features", ", ".join(m.features) or "none of those that matter here"),
         ("Kernel", f"{m.kernel}: {why(m.kernel, m.kernels)}"),
+        ("Other kernels", others(m.kernel, m.kernels)),
         ("Cores", f"{m.cores} physical, {m.logical_cores} logical"),
         ("Threads", f"{m.threads} (set BITNET_EDU_THREADS to change it)"),
         ("System", f"{m.system}, Python {m.python}"),
@@ -55,14 +63,19 @@ def machine_rows() -> list[tuple[str, str]]:
 
 
 def why(kernel: str, supported: tuple[str, ...]) -> str:
-    """The reason for a kernel in a few words."""
-    if kernel != supported[0]:
-        return f"chosen by BITNET_EDU_KERNEL; {supported[0]} would be faster"
-    reasons = {
-        "vnni": "the CPU multiplies and adds 64 bytes in one instruction (AVX-512 VNNI)",
-        "avx2": "the CPU has AVX2, but no AVX-512 VNNI",
-    }
-    return reasons.get(kernel, "what the compiler makes of plain code for this CPU")
+    """What a kernel is, and the reason for it, in a few words."""
+    if kernel == supported[0]:
+        return f"{WHAT[kernel]}; the fastest that this CPU runs"
+    return f"{WHAT[kernel]}; chosen by BITNET_EDU_KERNEL, {supported[0]} would be faster"
+
+
+def others(kernel: str, supported: tuple[str, ...]) -> str:
+    """The kernels that are not in use, and whether they would run."""
+    return "; ".join(
+        f"{name}: {WHAT[name]} ({'runs here too' if name in supported else 'not on this CPU'})"
+        for name in KERNELS
+        if name != kernel
+    )
 
 
 def live_rows() -> list[tuple[str, str]]:

@@ -244,7 +244,7 @@ def test_a_full_context_offers_to_forget_the_oldest(panel):
 
 
 @pytest.fixture
-def endless(panel):
+def endless(panel, monkeypatch):
     """A conversation of many times the context, and how often its tokens are counted."""
     turn = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     say(panel, "open", {"messages": turn * 2_000})

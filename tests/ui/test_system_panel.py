@@ -5,7 +5,8 @@ import time
 import pytest
 
 from bitnet_edu import system
-from bitnet_edu.ui.system import SystemPanel, why
+from bitnet_edu.kernels.simd import KERNELS, supported_kernels
+from bitnet_edu.ui.system import WHAT, SystemPanel, machine_rows, others, why
 
 
 def test_panel_names_kernel_cores_and_memory():
@@ -33,13 +34,34 @@ def test_panel_follows_until_it_is_closed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "supported", "words"),
+    ("kernel", "words"),
     [
-        ("vnni", ("vnni", "avx2", "portable"), "AVX-512 VNNI"),
-        ("avx2", ("vnni", "avx2", "portable"), "BITNET_EDU_KERNEL"),
-        ("avx2", ("avx2", "portable"), "no AVX-512"),
-        ("portable", ("portable",), "plain code"),
+        ("vnni", "AVX-512 VNNI"),
+        ("avx2", "AVX2"),
+        ("sdot", "Arm's dot product"),
+        ("portable", "plain code"),
     ],
 )
-def test_reason_for_the_kernel(kernel, supported, words):
-    assert words in why(kernel, supported)
+def test_each_kernel_is_called_what_it_is(kernel, words):
+    for said in (why(kernel, (kernel,)), why(kernel, ("faster", kernel))):
+        assert [name for name, what in WHAT.items() if what in said] == [kernel]
+        assert words in said
+    assert words in others("another", ())
+    assert words not in others(kernel, ())
+
+
+def test_every_kernel_has_its_words():
+    assert list(WHAT) == list(KERNELS)
+
+
+@pytest.mark.parametrize("kernel", supported_kernels())
+def test_panel_tells_the_kernel_in_use_from_the_others(monkeypatch, kernel):
+    monkeypatch.setenv("BITNET_EDU_KERNEL", kernel)
+    rows = dict(machine_rows())
+    best = supported_kernels()[0]
+    reason = "fastest" if kernel == best else f"chosen by BITNET_EDU_KERNEL, {best} would"
+    assert rows["Kernel"].startswith(f"{kernel}: {WHAT[kernel]}; ")
+    assert reason in rows["Kernel"]
+    for name in KERNELS:
+        runs = "runs here too" if name in supported_kernels() else "not on this CPU"
+        assert (f"{WHAT[name]} ({runs})" in rows["Other kernels"]) == (name != kernel)
