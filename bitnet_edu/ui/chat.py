@@ -20,13 +20,11 @@ from bitnet_edu.errors import BitNetError, ContextLengthError
 from bitnet_edu.files.hub import MODEL, download, is_hub_id
 from bitnet_edu.generate import BitNetLM
 from bitnet_edu.tokenizer import clean_text
+from bitnet_edu.ui.figure import module_source, style
 
 UPDATES_PER_SECOND = 15
 SAMPLING = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0, "max_new_tokens": 256}
-HOLD_TEXT = (
-    *("messages", "partial", "notice", "unsent"),
-    *("source", "sources", "system", "settings"),
-)
+HOLD_TEXT = ("messages", "partial", "notice", "unsent", "source", "sources", "system", "settings")
 
 
 class Stopped(BitNetError):
@@ -36,8 +34,8 @@ class Stopped(BitNetError):
 class ChatPanel(anywidget.AnyWidget):
     """A conversation with a model: `ChatPanel()` or `ChatPanel("path/to/model")` in a cell."""
 
-    _esm = Path(__file__).parent / "static" / "chat.js"
-    _css = Path(__file__).parent / "static" / "chat.css"
+    _esm = module_source("chat")
+    _css = style("chat")
 
     messages = traitlets.List().tag(sync=True)
     partial = traitlets.Unicode().tag(sync=True)  # the answer so far, while one is being written

@@ -1,10 +1,12 @@
 """Figures that a reader can touch: one ES module each, shown with or without a kernel.
 
 A module in ui/static exports `render({model, el})`. In an app it lives in an anywidget; in a page
-without a kernel `static_figure` gives it a stand-in for the model that only answers `get`.
+without a kernel `static_figure` gives it a stand-in for the model that only answers `get`. What
+the modules share, dom.js, is put into each: neither host could find a second file.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,6 +16,7 @@ import traitlets
 from IPython.display import HTML
 
 STATIC = Path(__file__).parent / "static"
+IMPORT = re.compile(r'^import \{.*\} from "\./dom\.js";$', re.MULTILINE)
 
 PAGE = """
 <style>{css}</style>
@@ -28,13 +31,24 @@ figure.render({{model: {{get: (key) => state[key]}}, el: document.getElementById
 """
 
 
+def module_source(module: str) -> str:
+    """The ES module ui/static/<module>.js with dom.js inside."""
+    shared = _read("dom.js").replace("export function", "function")
+    return IMPORT.sub(lambda _: shared, _read(f"{module}.js"))
+
+
+def style(module: str) -> str:
+    """Its style sheet."""
+    return _read(f"{module}.css")
+
+
 def static_figure(module: str, state: dict[str, Any]) -> HTML:
     """The figure ui/static/<module>.js with its state inside: works in any page, kernel or not."""
     return HTML(
         PAGE.format(
-            css=(STATIC / f"{module}.css").read_text(encoding="utf-8"),
+            css=style(module),
             name=f"bn-{uuid4().hex[:12]}",  # two copies on one page must not collide
-            source=_script_json((STATIC / f"{module}.js").read_text(encoding="utf-8")),
+            source=_script_json(module_source(module)),
             state=_script_json(state),
         )
     )
@@ -43,8 +57,13 @@ def static_figure(module: str, state: dict[str, Any]) -> HTML:
 def live_figure(module: str, state: dict[str, Any]) -> anywidget.AnyWidget:
     """The same figure as a widget, to stand among others."""
     traits = {key: traitlets.Any(value).tag(sync=True) for key, value in state.items()}
-    files = {"_esm": STATIC / f"{module}.js", "_css": STATIC / f"{module}.css"}
-    return type("Figure", (anywidget.AnyWidget,), files | traits)()
+    files = {"_esm": module_source(module), "_css": style(module)}
+    # anywidget keeps one style sheet for each name of a class
+    return type(f"{module.title()}Figure", (anywidget.AnyWidget,), files | traits)()
+
+
+def _read(name: str) -> str:
+    return (STATIC / name).read_text(encoding="utf-8")
 
 
 def _script_json(value: Any) -> str:

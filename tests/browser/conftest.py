@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -51,13 +52,27 @@ class Quiet(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="session")
-def book_url() -> Iterator[str]:
-    """The built book on loopback."""
-    handler = functools.partial(Quiet, directory=str(BOOK))
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """A folder on loopback."""
+    handler = functools.partial(Quiet, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture(scope="session")
+def book_url() -> Iterator[str]:
+    """The built book on loopback."""
+    with served(BOOK) as url:
+        yield url
+
+
+@pytest.fixture
+def folder_url(tmp_path: Path) -> Iterator[str]:
+    """The test's own folder on loopback."""
+    with served(tmp_path) as url:
+        yield url

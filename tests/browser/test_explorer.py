@@ -271,6 +271,23 @@ def test_saved_conversation_comes_back_in_voila(page: Page, voila_url: str):
     expect(page.locator(".bn-message")).to_have_count(2)
 
 
+def test_text_that_is_none_is_replaced_in_voila(page: Page, voila_url: str, tmp_path: Path):
+    page.goto(voila_url)
+    page.locator(".bn-chat").wait_for()
+    idle(page)
+    send(page, b"lone \\ud800 surrogate".decode("unicode_escape"))
+    idle(page)
+    expect(page.locator(".bn-user .bn-text")).to_have_text("lone \ufffd surrogate")
+    expect(page.locator(".bn-assistant .bn-text")).not_to_be_empty()
+    saved = tmp_path / "saved.json"
+    lone = {"role": "user", "content": "\ud800"}
+    saved.write_text(json.dumps({"system": None, "messages": [lone]}))
+    page.locator("input[type=file]").set_input_files(saved)
+    expect(page.locator(".bn-message")).to_have_count(1)
+    expect(page.locator(".bn-user .bn-text")).to_have_text("\ufffd")
+    assert page.get_by_label("System prompt").input_value() == ""
+
+
 def test_other_panels_in_voila(page: Page, voila_url: str):
     page.goto(voila_url)
     page.locator(".bn-chat").wait_for()
@@ -280,6 +297,10 @@ def test_other_panels_in_voila(page: Page, voila_url: str):
     page.get_by_role("tab", name="Architecture").click()
     page.get_by_role("button", name="BitLinear down: explain").click()
     expect(page.locator(".bn-details pre")).to_contain_text("def bit_linear")
+    # each figure's own style sheet is there
+    for figure, width in ((".bn-arch", "1088px"), (".bn-paper", "960px")):
+        found = page.locator(figure).evaluate("node => getComputedStyle(node).maxWidth")
+        assert found == width, figure
     page.get_by_role("tab", name="System").click()
     expect(page.locator(".bn-system")).to_contain_text("Kernel")
 

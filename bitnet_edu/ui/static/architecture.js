@@ -1,19 +1,6 @@
 // Two blocks side by side; a click on a box opens what it is, its code, its sizes. Below: the X-ray.
 
-const SVG = "http://www.w3.org/2000/svg";
-function svg(tag, attributes, ...children) {
-  const node = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
+import { element, headRow, scrollingTable, svg } from "./dom.js";
 
 function bytes(n) {
   if (n >= 1e9) return `${(n / 1e9).toFixed(2)} GB`;
@@ -30,14 +17,8 @@ function details(box, place) {
   if (box.sizes.length) {
     const head = ["matrix", "shape [out, in]", "packed, 2 bits", "as bfloat16"];
     const rows = box.sizes.map((s) => [s.name, s.shape, bytes(s.packed), bytes(s.bf16)]);
-    place.append(
-      element(
-        "table",
-        {},
-        element("thead", {}, element("tr", {}, ...head.map((h) => element("th", { scope: "col" }, h)))),
-        element("tbody", {}, ...rows.map((r) => element("tr", {}, ...r.map((c) => element("td", {}, c))))),
-      ),
-    );
+    const body = element("tbody", {}, ...rows.map((r) => element("tr", {}, ...r.map((c) => element("td", {}, c)))));
+    place.append(scrollingTable(`Sizes of ${box.ours}`, headRow(head), body));
   }
   if (box.code) place.append(element("pre", { tabindex: "0" }, element("code", {}, box.code)));
   if (box.chapter) place.append(element("p", {}, "Built in ", chapterLink(box.chapter), "."));
@@ -112,13 +93,12 @@ function xrayTable(rows, matrices) {
   };
   picker.addEventListener("change", draw);
   draw();
-  const head = element("tr", {}, element("th"), ...matrices.map((m) => element("th", { scope: "col" }, m)));
   return element(
     "div",
     {},
     element("h4", {}, "X-ray of the loaded weights"),
     element("label", {}, "Show ", picker),
-    element("div", { class: "bn-scroll", tabindex: "0", role: "region", "aria-label": "X-ray of the weights" }, element("table", {}, element("thead", {}, head), body)),
+    scrollingTable("X-ray of the weights", headRow(["layer", ...matrices]), body),
   );
 }
 

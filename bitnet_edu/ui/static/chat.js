@@ -1,38 +1,38 @@
 // The chat panel's page side. Everything a person or a model wrote is set with textContent.
 
-function element(tag, className, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
+import { element } from "./dom.js";
 
 function button(label, title, onClick) {
-  const node = element("button", "bn-button", { type: "button", title }, label);
+  const node = element("button", { class: "bn-button", type: "button", title }, label);
   node.addEventListener("click", onClick);
   return node;
 }
 
 function field(label, input) {
-  return element("label", "bn-field", {}, element("span", "", {}, label), input);
+  return element("label", { class: "bn-field" }, element("span", {}, label), input);
 }
 
 function bubble(role, text) {
-  const who = element("div", "bn-who", {}, role === "user" ? "You" : "BitNet");
-  const body = element("div", "bn-text", { dir: "auto" });
+  const who = element("div", { class: "bn-who" }, role === "user" ? "You" : "BitNet");
+  const body = element("div", { class: "bn-text", dir: "auto" });
   body.textContent = text;
   const copy = button("Copy", "Copy this message", async () => {
     await navigator.clipboard.writeText(body.textContent);
     copy.textContent = "Copied";
     setTimeout(() => (copy.textContent = "Copy"), 1200);
   });
-  return element("div", `bn-message bn-${role}`, {}, element("div", "bn-head", {}, who, copy), body);
+  return element("div", { class: `bn-message bn-${role}` }, element("div", { class: "bn-head" }, who, copy), body);
+}
+
+// lone surrogates, which a file or a keyboard may hold, are no text that can be sent
+function wellFormed(value) {
+  const clean = (_, v) => (typeof v === "string" ? v.replace(/\p{Surrogate}/gu, "\ufffd") : v);
+  return JSON.parse(JSON.stringify(value), clean);
 }
 
 function saveFile(name, value) {
   const blob = new Blob([JSON.stringify(value, null, 1)], { type: "application/json" });
-  const link = element("a", "", { href: URL.createObjectURL(blob), download: name });
+  const link = element("a", { href: URL.createObjectURL(blob), download: name });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
@@ -40,7 +40,7 @@ function saveFile(name, value) {
 function render({ model, el }) {
   let waiting; // a page without a kernel swallows messages, so somebody has to notice
   const command = (name, value = null) => {
-    model.send({ do: name, value });
+    model.send({ do: name, value: wellFormed(value) });
     clearTimeout(waiting);
     waiting = setTimeout(() => {
       notice.textContent =
@@ -48,10 +48,10 @@ function render({ model, el }) {
         "Open the notebook, or run `bitnet-edu chat`, to go on with the conversation.";
     }, 4000);
   };
-  const log = element("div", "bn-log", { role: "log", "aria-live": "polite", tabindex: "0", "aria-label": "Conversation" });
-  const notice = element("div", "bn-notice", { role: "status" });
-  const stats = element("div", "bn-stats", { role: "status", "aria-label": "Speed and context" });
-  const input = element("textarea", "bn-input", { rows: "2", placeholder: "Write a message", "aria-label": "Message" });
+  const log = element("div", { class: "bn-log", role: "log", "aria-live": "polite", tabindex: "0", "aria-label": "Conversation" });
+  const notice = element("div", { class: "bn-notice", role: "status" });
+  const stats = element("div", { class: "bn-stats", role: "status", "aria-label": "Speed and context" });
+  const input = element("textarea", { class: "bn-input", rows: "2", placeholder: "Write a message", "aria-label": "Message" });
 
   const forget = button(
     "Forget the oldest messages and send again",
@@ -60,11 +60,11 @@ function render({ model, el }) {
   );
 
   // model picker
-  const picker = element("select", "", { "aria-label": "Model" });
+  const picker = element("select", { "aria-label": "Model" });
   const other = "Another folder, file or hub id ...";
   const drawSources = () => {
     picker.replaceChildren(
-      ...[...model.get("sources"), other].map((name) => element("option", "", { value: name }, name)),
+      ...[...model.get("sources"), other].map((name) => element("option", { value: name }, name)),
     );
     picker.value = model.get("source");
   };
@@ -75,10 +75,10 @@ function render({ model, el }) {
   });
 
   // settings
-  const system = element("textarea", "", { rows: "2", placeholder: "none" });
+  const system = element("textarea", { rows: "2", placeholder: "none" });
   system.value = model.get("system");
   system.addEventListener("change", () => {
-    model.set("system", system.value);
+    model.set("system", wellFormed(system.value));
     model.save_changes();
   });
   const numbers = {
@@ -89,7 +89,7 @@ function render({ model, el }) {
     max_new_tokens: ["Longest answer, tokens", { min: 1, max: 4096, step: 1 }],
   };
   const settings = Object.entries(numbers).map(([name, [label, limits]]) => {
-    const box = element("input", "", { type: "number", ...limits });
+    const box = element("input", { type: "number", ...limits });
     box.value = model.get("settings")[name];
     box.addEventListener("change", () => {
       if (!box.checkValidity() || box.value === "") box.value = model.get("settings")[name];
@@ -98,7 +98,7 @@ function render({ model, el }) {
     });
     return field(label, box);
   });
-  const opener = element("input", "", { type: "file", accept: ".json,application/json", hidden: "" });
+  const opener = element("input", { type: "file", accept: ".json,application/json", hidden: "" });
   opener.addEventListener("change", async () => {
     const text = await opener.files[0].text();
     opener.value = "";
@@ -111,15 +111,13 @@ function render({ model, el }) {
   const conversation = () => ({ system: model.get("system"), messages: model.get("messages") });
   const panel = element(
     "details",
-    "bn-settings",
-    {},
-    element("summary", "", {}, "Settings"),
+    { class: "bn-settings" },
+    element("summary", {}, "Settings"),
     field("System prompt", system),
-    element("div", "bn-grid", {}, ...settings),
+    element("div", { class: "bn-grid" }, ...settings),
     element(
       "div",
-      "bn-row",
-      {},
+      { class: "bn-row" },
       button("Save", "Save the conversation as a JSON file", () => saveFile("conversation.json", conversation())),
       button("Open", "Open a saved conversation", () => opener.click()),
       opener,
@@ -144,15 +142,14 @@ function render({ model, el }) {
   });
   const root = element(
     "div",
-    "bn-chat",
-    {},
-    element("div", "bn-row bn-top", {}, field("Model", picker), stats),
+    { class: "bn-chat" },
+    element("div", { class: "bn-row bn-top" }, field("Model", picker), stats),
     panel,
     log,
     notice,
-    element("div", "bn-row", {}, forget),
+    element("div", { class: "bn-row" }, forget),
     input,
-    element("div", "bn-row", {}, sendButton, stopButton, againButton, clearButton),
+    element("div", { class: "bn-row" }, sendButton, stopButton, againButton, clearButton),
   );
   root.addEventListener("keydown", (event) => {
     event.stopPropagation(); // the notebook has shortcuts of its own

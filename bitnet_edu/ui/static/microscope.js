@@ -1,11 +1,6 @@
 // Point at a byte, or walk to it with the arrow keys, and see which weights it holds.
 
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
+import { element } from "./dom.js";
 
 const SIGN = { "-1": "−1", 0: "0", 1: "+1" };
 const KIND = { "-1": "bn-minus", 0: "bn-zero", 1: "bn-plus" };

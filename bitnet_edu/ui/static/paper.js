@@ -1,11 +1,6 @@
 // The published tables: choose one, sort it, follow a cell to its source; ours beside them.
 
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
+import { element, headRow, scrollingTable, svg } from "./dom.js";
 
 function link(text, url, title) {
   return element("a", { href: url, title, target: "_blank", rel: "noopener" }, text);
@@ -57,19 +52,7 @@ function publishedTable(table) {
     );
   };
   draw();
-  return element(
-    "div",
-    { class: "bn-scroll", tabindex: "0", role: "region", "aria-label": `${table.paper}, ${table.name}` },
-    element("table", {}, element("thead", {}, element("tr", {}, ...heads)), body),
-  );
-}
-
-const SVG = "http://www.w3.org/2000/svg";
-function svg(tag, attributes, text) {
-  const node = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  if (text) node.textContent = text;
-  return node;
+  return scrollingTable(`${table.paper}, ${table.name}`, element("tr", {}, ...heads), body);
 }
 
 // score against memory, as in Figure 1 of the 2B4T report
@@ -109,15 +92,11 @@ function chart(table) {
 }
 
 function plainTable(columns, rows, className = "") {
-  const head = element("tr", {}, ...columns.map((c) => element("th", { scope: "col" }, c)));
   const lines = rows.map((row) =>
     element("tr", {}, ...row.map((cell, i) => element(i ? "td" : "th", i ? {} : { scope: "row" }, cell))),
   );
-  return element(
-    "div",
-    { class: "bn-scroll", tabindex: "0", role: "region", "aria-label": columns.join(", ") },
-    element("table", { class: className }, element("thead", {}, head), element("tbody", {}, ...lines)),
-  );
+  const body = element("tbody", {}, ...lines);
+  return scrollingTable(columns.join(", "), headRow(columns), body, { class: className });
 }
 
 function render({ model, el }) {
