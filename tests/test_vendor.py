@@ -15,8 +15,7 @@ LICENCES = {
     "anywidget/index.js": ("anywidget/LICENSE", ["MIT License", "Trevor Manz"]),
     "html-manager/embed-amd.js": (
         "html-manager/embed-amd.js.LICENSE.txt",
-        ["jQuery JavaScript Library", "jQuery UI Slider", "\nbackbone\n", "\nlodash\n"]
-        + ["\nunderscore\n", "\nsanitize-html\n", "\nsemver\n", "\nnouislider\n", "\nd3-format\n"],
+        ["jQuery UI Slider", "\nbackbone\n", "\nlodash\n", "\nsanitize-html\n", "\nd3-format\n"],
     ),
     "html-manager/*.woff2": ("html-manager/fontawesome.LICENSE.txt", ["Font Awesome", "SIL OFL"]),
     "mathjax/tex-chtml-full.js": ("mathjax/LICENSE", ["Apache License", "Version 2.0"]),

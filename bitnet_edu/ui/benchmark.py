@@ -13,7 +13,8 @@ import pandas as pd
 from bitnet_edu import system
 from bitnet_edu.benchmark import CONTEXTS, PREFILL_TOKENS, benchmark, busy_warning
 from bitnet_edu.book import plots
-from bitnet_edu.errors import BitNetError
+from bitnet_edu.errors import BitNetError, InputError
+from bitnet_edu.tokenizer import clean_text
 
 SHAPES = {"the loaded model": None, "the shape of 2B4T (random, 1.2 GB)": "2b4t"}
 NEEDED = {None: 0, "2b4t": 4e9}  # bytes of free memory
@@ -79,7 +80,7 @@ class BenchmarkPanel(ipywidgets.VBox):
             self._say(busy_warning(self.results[-1]) or "Done.")
         except BitNetError as error:
             self._say(str(error))
-        except Exception as error:  # a thread's exception would vanish otherwise
+        except BaseException as error:  # it would vanish with the thread; Rust's panics are such
             self._say(f"{type(error).__name__}: {error}")
         finally:
             self.start.disabled = False
@@ -93,7 +94,7 @@ class BenchmarkPanel(ipywidgets.VBox):
             needed += TRANSFORMERS_NEEDS[self.shape.value]
         free = system.memory().available
         if free < needed:
-            raise BitNetError(
+            raise InputError(
                 f"this needs about {needed / 1e9:.0f} GB of free memory and {free / 1e9:.1f} GB "
                 "are free: close other programs, or measure the loaded model alone"
             )
@@ -103,13 +104,13 @@ class BenchmarkPanel(ipywidgets.VBox):
 
 
 def parse_contexts(text: str) -> list[int]:
-    """ "64, 512" -> [64, 512]; BitNetError if that is not a list of positive numbers."""
+    """ "64, 512" -> [64, 512]; InputError if that is not a list of positive numbers."""
     try:
-        contexts = [int(part) for part in text.split(",")]
+        contexts = [int(part) for part in clean_text(text, "contexts").split(",")]
     except ValueError:
         contexts = []
     if not contexts or min(contexts) < 1:
-        raise BitNetError(f"contexts must be positive numbers with commas between, not {text!r}")
+        raise InputError(f"contexts must be positive numbers with commas between, not {text!r:.80}")
     return contexts
 
 

@@ -16,7 +16,7 @@ import traitlets
 
 import bitnet_edu
 from bitnet_edu.chat import ChatSession
-from bitnet_edu.errors import BitNetError, ContextLengthError
+from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
 from bitnet_edu.files.hub import MODEL, download, is_hub_id
 from bitnet_edu.generate import BitNetLM
 from bitnet_edu.tokenizer import clean_text
@@ -119,7 +119,7 @@ class ChatPanel(anywidget.AnyWidget):
             download(source, tqdm_class=progress_bar(self._follow_download))
         model: BitNetLM = bitnet_edu.load(source)
         if model.tokenizer is None:
-            raise BitNetError(f"{source} has no tokenizer.json, so there is nothing to chat with")
+            raise InputError(f"{source} has no tokenizer.json, so there is nothing to chat with")
         self._look(f"stopped; {self.source} stays the model")
         self.session = ChatSession(model)
         self.source, self.sources = source, _unique(*self.sources, source)
@@ -136,7 +136,7 @@ class ChatPanel(anywidget.AnyWidget):
         """Replace the conversation by a saved one: {"system": ..., "messages": [...]}."""
         messages = saved.get("messages") if isinstance(saved, dict) else None
         if not isinstance(messages, list) or not all(_is_message(m) for m in messages):
-            raise BitNetError("This file is not a saved conversation: it needs a list of messages.")
+            raise InputError("This file is not a saved conversation: it needs a list of messages.")
         system = saved.get("system")
         self.system = "" if system is None else clean_text(system, "a saved system prompt")
         self._reset(sendable([{"role": m["role"], "content": m["content"]} for m in messages]))
@@ -200,7 +200,7 @@ class ChatPanel(anywidget.AnyWidget):
             session.messages = before[:-1]
         if not session.messages or session.messages[-1]["role"] != "user":
             session.messages = before
-            raise BitNetError("There is nothing to answer yet.")
+            raise InputError("There is nothing to answer yet.")
         try:
             pieces = session.answer(**self._options())
             self._show()
@@ -212,7 +212,7 @@ class ChatPanel(anywidget.AnyWidget):
 
     def _options(self) -> dict[str, Any]:
         if not isinstance(self.settings, dict):
-            raise BitNetError(f"the settings must be names with values, not {self.settings!r:.80}")
+            raise InputError(f"the settings must be names with values, not {self.settings!r:.80}")
         chosen = {name: self.settings.get(name, usual) for name, usual in SAMPLING.items()}
         chosen["top_k"] = chosen["top_k"] if chosen["top_k"] != 0 else None
         return chosen | {"progress": self._follow_prompt}

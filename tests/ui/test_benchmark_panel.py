@@ -8,7 +8,7 @@ import re
 import pandas as pd
 import pytest
 
-from bitnet_edu.errors import BitNetError
+from bitnet_edu.errors import InputError
 from bitnet_edu.ui import benchmark
 from bitnet_edu.ui.benchmark import BenchmarkPanel, parse_contexts
 
@@ -46,9 +46,31 @@ def test_one_click_measures_and_offers_the_figures(panel):
     assert table["threads"].max() == len(results)
 
 
-@pytest.mark.parametrize("text", ["", "many", "64, -1", "0"])
+@pytest.mark.parametrize("text", [None, 64, [64], b"64"])
+def test_contexts_of_a_wrong_type_are_refused(text):
+    with pytest.raises(InputError, match="contexts must be"):
+        parse_contexts(text)
+
+
+class PanicException(BaseException):
+    """What PyO3 makes of a panic in Rust."""
+
+
+@pytest.mark.parametrize("error", [PanicException, KeyboardInterrupt, RuntimeError, MemoryError])
+def test_whatever_ends_the_worker_can_be_read_and_started_again(panel, monkeypatch, error):
+    def broken(*arguments, **options):
+        raise error("index out of range")
+
+    monkeypatch.setattr(benchmark, "benchmark", broken)
+    panel.measure()
+    panel.wait(PATIENCE)
+    assert panel.status.value == f"{error.__name__}: index out of range"
+    assert not panel.start.disabled
+
+
+@pytest.mark.parametrize("text", ["", "many", "64, -1", "0", "9" * 5_000, "a\ud800"])
 def test_contexts_that_are_none_are_refused(panel, text):
-    with pytest.raises(BitNetError, match="contexts"):
+    with pytest.raises(InputError, match="contexts"):
         parse_contexts(text)
     panel.contexts.value = text
     panel.measure()
