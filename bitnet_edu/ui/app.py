@@ -15,7 +15,6 @@ import webbrowser
 from hmac import compare_digest
 from pathlib import Path
 from secrets import token_urlsafe
-from urllib.parse import urlsplit
 
 from jupyter_core.utils import run_sync
 from tornado.httpserver import HTTPServer
@@ -57,10 +56,9 @@ class Gate(Router):
         return self.app.get_handler_delegate(request, Refused)
 
     def _for_this_machine(self, request: HTTPServerRequest) -> bool:
+        host = split_host_and_port(request.host.lower())[0]
         origin = request.headers.get("Origin")
-        return split_host_and_port(request.host.lower())[0] in HOSTS and (
-            origin is None or urlsplit(origin).netloc == request.host
-        )
+        return host in HOSTS and origin in (None, f"http://{request.host}")
 
     def _is_known(self, request: HTTPServerRequest) -> bool:
         """Has the token in its address, or the cookie that Voila gives to who had it."""

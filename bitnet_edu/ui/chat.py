@@ -82,22 +82,23 @@ class ChatPanel(anywidget.AnyWidget):
         elif action == "forget" and self.unsent:
             self._start(self._forget_oldest)
         elif action == "clear":
-            self._start(self._reset, [])
+            self._do(self._reset, [])
         elif action == "open":
-            self._start(self._open, value)
+            self._do(self._open, value)
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until the running answer or load has ended; for tests and scripts."""
         if self._worker:
             self._worker.join(timeout)
 
-    def _start(self, work, *arguments) -> None:
+    def _start(self, work: Callable, *arguments: Any) -> None:
         self._stop.clear()
-        self.busy, self.notice, self.full = True, "", False
-        self._worker = threading.Thread(target=self._guarded, args=(work, *arguments), daemon=True)
+        self.busy = True
+        self._worker = threading.Thread(target=self._do, args=(work, *arguments), daemon=True)
         self._worker.start()
 
-    def _guarded(self, work, *arguments) -> None:
+    def _do(self, work: Callable, *arguments: Any) -> None:
+        self.notice, self.full = "", False
         try:
             work(*arguments)
         except ContextLengthError as error:
