@@ -49,7 +49,7 @@ def judge(model, theirs) -> report.Report:
 
 
 def engine_of(model) -> BitNet:
-    return getattr(model, "engine", model)
+    return model.engine
 
 
 # --- Wrong around the compiled step --------------------------------------------------------------
