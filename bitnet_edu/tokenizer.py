@@ -1,5 +1,6 @@
 """Text to token ids and back, and a conversation to the prompt that a model was trained on."""
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -140,8 +141,10 @@ class Tokenizer:
 
     @property
     def largest_id(self) -> int:
-        """The highest id that a text can be given."""
-        return max([*self.backend.get_vocab().values(), *self.encode("")], default=-1)
+        """The highest id that a text can be given: of the vocabulary or put around each text."""
+        with contextlib.suppress(InputError):
+            return max([*self.backend.get_vocab().values(), *self.encode("")], default=-1)
+        return max(self.backend.get_vocab().values(), default=-1)
 
     def chat_text(self, messages: Messages, add_generation_prompt: bool = True) -> str:
         """The conversation as one string, by the chat template (sandboxed Jinja).

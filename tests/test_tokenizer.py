@@ -1,6 +1,7 @@
 """Ids and text against transformers' tokenizer on the same folder; streams of whole characters."""
 
 import json
+import shutil
 
 import pytest
 from checkpoints import SPECIAL, VOCABULARY, write_tokenizer
@@ -10,7 +11,8 @@ from oracle import transformers
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models
 
-from bitnet_edu import CheckpointError, InputError
+from bitnet_edu import CheckpointError, InputError, load
+from bitnet_edu.files.gguf import write_gguf
 from bitnet_edu.files.source import TINY
 from bitnet_edu.tokenizer import Tokenizer
 
@@ -306,6 +308,38 @@ def test_harmful_tokenizers_are_refused_by_name_before_the_library_sees_them(tmp
     (tmp_path / "tokenizer.json").write_text(json.dumps(content | HARMFUL[case]))
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         Tokenizer.from_folder(tmp_path)
+
+
+class Harmful:
+    """A good tokenizer that is written to a file as a harmful one."""
+
+    def __init__(self, backend: HFTokenizer):
+        self.backend = backend
+
+    def __getattr__(self, name: str):
+        return getattr(self.backend, name)
+
+    def to_str(self) -> str:
+        content = json.loads(self.backend.to_str())
+        return json.dumps(content | HARMFUL["forty doublings"])
+
+
+def test_the_same_in_a_gguf_file(tmp_path):
+    model = load("tiny")
+    model.tokenizer.backend = Harmful(model.tokenizer.backend)
+    path = tmp_path / "harmful.gguf"
+    write_gguf(path, model.config, model.weights, model.tokenizer)
+    with pytest.raises(CheckpointError, match=r"harmful\.gguf.*times longer"):
+        load(str(path))
+
+
+def test_an_id_beyond_the_vocabulary_put_around_texts_is_found_at_load(tmp_path):
+    path = shutil.copytree(TINY, tmp_path / "tiny")
+    content = json.loads((path / "tokenizer.json").read_text())
+    around = {"type": "BertProcessing", "sep": ["a", 5], "cls": ["b", 10**6]}
+    (path / "tokenizer.json").write_text(json.dumps(content | {"post_processor": around}))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json.*1000000"):
+        load(str(path))
 
 
 def test_a_key_that_comes_twice_is_refused(tmp_path):

@@ -37,6 +37,7 @@ from bitnet_edu.kernels.bits import cached_jit
 from bitnet_edu.kernels.matmul import count_invalid
 from bitnet_edu.packing import pack_i2s, unpack_hf
 from bitnet_edu.tokenizer import BITNET_CHAT_TEMPLATE, Tokenizer
+from bitnet_edu.tokenizer_json import backend_of
 from bitnet_edu.weights import BitNetConfig, LayerWeights, TernaryMatrix, Weights
 
 ARCHITECTURE = "bitnet-b1.58"
@@ -457,7 +458,7 @@ def _read_tokenizer(metadata: dict[str, Any], config: BitNetConfig, path: Path) 
                 f"{config.vocab_size}"
             )
         if HF_TOKENIZER_KEY in metadata:
-            backend = HFTokenizer.from_str(metadata[HF_TOKENIZER_KEY])
+            backend = backend_of(metadata[HF_TOKENIZER_KEY], HF_TOKENIZER_KEY)
         else:
             starts = metadata.get("tokenizer.ggml.add_bos_token", True)
             backend = _llama_bpe(metadata, text("bos") if starts else "")

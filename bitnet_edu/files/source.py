@@ -80,7 +80,7 @@ def read_model(
         tokenizer = Tokenizer.from_folder(path) if file.exists() or file.is_symlink() else None
     else:
         file, (config, weights, tokenizer) = path, read_gguf(path, i2s_block)
-    largest = max(tokenizer.backend.get_vocab().values(), default=0) if tokenizer else 0
+    largest = tokenizer.largest_id if tokenizer else 0
     if largest >= config.vocab_size:
         expected = f"below the model's vocabulary of {config.vocab_size}"
         raise fault(file, "the largest token id of the tokenizer", expected, str(largest))
