@@ -17,10 +17,10 @@ import psutil
 from numba import carray
 
 import bitnet_edu
-from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
+from bitnet_edu.errors import BitNetError, ContextLengthError, InputError, require_whole
 from bitnet_edu.generate import BitNetLM
 from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit, pointer
-from bitnet_edu.kernels.border import address, checked_whole
+from bitnet_edu.kernels.border import address
 from bitnet_edu.kernels.threads import checked_threads, finish, run, take, wait_for
 from bitnet_edu.model import KVCache
 from bitnet_edu.proof.transformers import serve_timings
@@ -66,9 +66,9 @@ def benchmark(
     if cache_dtype not in ("float32", "float16"):
         raise InputError(f"a KV cache is float32 or float16, not {cache_dtype}")
     for what, value in {"repeats": repeats, "prompt_tokens": prompt_tokens}.items():
-        checked_whole(value, 1, 10**6, what)
+        require_whole(value, 1, 10**6, what)
     for context in contexts:
-        checked_whole(context, 1, 2**31, "a context")
+        require_whole(context, 1, 2**31, "a context")
     if threads is not None:
         checked_threads(threads)
     busy = psutil.cpu_percent(0.5)

@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def complain(error: BaseException | str, program: str = "bitnet-edu") -> int:
-    from bitnet_edu.errors import one_line
+    from bitnet_edu.errors import printable
 
     with contextlib.suppress(OSError):
-        print(f"{program}: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"{program}: {printable(error)}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -2,7 +2,6 @@
 
 import numbers
 import re
-import unicodedata
 
 
 class BitNetError(Exception):
@@ -12,12 +11,12 @@ class BitNetError(Exception):
         super().__init__(printable(message))
 
 
-def printable(text: str, most: int = 2000) -> str:
-    """`text` without what a terminal would obey: names in files may hold line ends and escapes.
+def printable(text: object, most: int = 2000) -> str:
+    """`text` as one line without what a terminal would obey: names in files may hold escapes.
 
     Of more than `most` characters the middle is left out.
     """
-    text = str(text)
+    text = " ".join(str(text).split())
     if len(text) > most:
         text = f"{text[: most // 2]} [...] {text[-most // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -44,11 +43,12 @@ def is_whole(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def require_whole(value: int, least: int, most: int | None, what: str) -> None:
-    """InputError, which names `what`, unless this is a whole number from `least` to `most`."""
+def require_whole(value: int, least: int, most: int | None, what: str) -> int:
+    """`value` if it is a whole number from `least` to `most`; else InputError, naming `what`."""
     if not is_whole(value) or value < least or (most is not None and value > most):
         span = f"from {least} up" if most is None else f"from {least} to {most}"
         raise InputError(f"{what} must be a whole number {span}, not {value!r:.80}")
+    return int(value)
 
 
 def clean_text(text: str, what: str) -> str:
@@ -59,9 +59,3 @@ def clean_text(text: str, what: str) -> str:
     if not isinstance(text, str):
         raise InputError(f"{what} must be text, not {text!r:.80}")
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
-
-
-def one_line(message: object) -> str:
-    """A message as one line without control characters, which could steer a terminal."""
-    words = " ".join(str(message).split())
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in words)

@@ -16,10 +16,10 @@ import ml_dtypes
 import numpy as np
 
 from bitnet_edu.container import memory_limit
-from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
+from bitnet_edu.errors import BitNetError, ContextLengthError, InputError, require_whole
 from bitnet_edu.kernels.attention import PAD, SPAN, STRETCH, TILE
 from bitnet_edu.kernels.bits import has_float16
-from bitnet_edu.kernels.border import address, aligned_zeros, checked, checked_whole
+from bitnet_edu.kernels.border import address, aligned_zeros, checked
 from bitnet_edu.kernels.head import Screen
 from bitnet_edu.kernels.simd import MAX_COLUMNS, NO_KERNEL, kernel_index, kernel_name
 from bitnet_edu.kernels.step import (
@@ -35,7 +35,7 @@ from bitnet_edu.kernels.step import (
     stage_matrices,
     step,
 )
-from bitnet_edu.kernels.threads import checked_threads, default_threads, run
+from bitnet_edu.kernels.threads import checked_threads, default_threads, run, run_long
 from bitnet_edu.layers import Observer, rope_frequencies
 from bitnet_edu.weights import BitNetConfig, Weights
 
@@ -67,7 +67,7 @@ class Settings:
         kernel_index(self.kernel)
         _checked_cache_dtype(self.cache_dtype)
         if self.screen is not None:
-            checked_whole(self.screen, 1, 2**31, "screen, the number of exact logits,")
+            require_whole(self.screen, 1, 2**31, "screen, the number of exact logits,")
 
 
 class KVCache:
@@ -79,7 +79,7 @@ class KVCache:
     """
 
     def __init__(self, config: BitNetConfig, max_len: int, dtype: type = np.float32):
-        max_len = checked_whole(max_len, -(2**63), 2**63, "max_len")
+        max_len = require_whole(max_len, -(2**63), 2**63, "max_len")
         if not 1 <= max_len <= config.max_position_embeddings:
             raise ContextLengthError(
                 f"a cache of {max_len} tokens was asked for, but this model's context is 1 to "
@@ -123,7 +123,7 @@ class KVCache:
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` tokens."""
-        self.length = checked_whole(length, 0, self.length, "the number of tokens to keep")
+        self.length = require_whole(length, 0, self.length, "the number of tokens to keep")
 
 
 class BitNet:
@@ -170,7 +170,7 @@ class BitNet:
             raise InputError(f"settings must be made by model.Settings, not {settings!r}")
         screen = self._screen
         if settings.screen is not None:
-            checked_whole(settings.screen, 1, self.config.vocab_size, "top_k")
+            require_whole(settings.screen, 1, self.config.vocab_size, "top_k")
             screen = screen or Screen(self._head)
         with self._lock:
             self._settings, self._screen = settings, screen
@@ -203,7 +203,7 @@ class BitNet:
         from up to `top_k` words, do not change; the other logits are a little off. Costs
         one byte for each number of the head, and a second or two.
         """
-        checked_whole(top_k, 1, self.config.vocab_size, "top_k")
+        require_whole(top_k, 1, self.config.vocab_size, "top_k")
         self.settings = replace(self._settings, screen=top_k)
 
     def logits(self, ids: np.ndarray, observe: Observer | None = None) -> np.ndarray:
@@ -278,7 +278,7 @@ class BitNet:
     def _require_room(self, cache: KVCache, tokens: int) -> None:
         if not isinstance(cache, KVCache) or cache.config != self.config:
             raise InputError("this KV cache was made for another model: make one with new_cache")
-        checked_whole(cache.length, 0, cache.max_len, "the length of a KV cache")
+        require_whole(cache.length, 0, cache.max_len, "the length of a KV cache")
         if cache.length + tokens > cache.max_len:
             raise ContextLengthError(
                 f"{tokens} tokens do not fit after {cache.length} in a context of "
@@ -302,11 +302,12 @@ class BitNet:
         args = self._shape, table, cache._arrays, work, scores, start, tokens
         kernel = kernel_index(settings.kernel)
         size = tokens * self._bytes
-        threads, long = min(settings.threads, 1 + size // WORTH_A_THREAD), size > LONG
+        threads = min(settings.threads, 1 + size // WORTH_A_THREAD)
+        work_off = run_long if size > LONG else run
         stages = STAGES * self._shape.layers + 1 + (len(scores) > 0)
         self._work = None  # not used again if an exception ends the work on it
         for begin, end in pairwise(range(stages + 1) if observe else (0, stages)):
-            run(step, (*args, begin, end, kernel, threads), threads, long=long)
+            work_off(step, (*args, begin, end, kernel, threads), threads)
             if observe:
                 self._show(begin, cache, work, start, tokens, observe)
         self._work = work
@@ -345,7 +346,7 @@ class BitNet:
 
         What it computes is lost. For `benchmark`, which looks at what each part costs.
         """
-        checked_whole(context, 0, cache.max_len - 1, "context")
+        require_whole(context, 0, cache.max_len - 1, "context")
         with self._lock:
             self._require_room(cache, 0)
             threads, work = self._settings.threads, self._work_for(self._settings.threads)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,6 +93,9 @@ def peak_memory() -> int:
     info = psutil.Process().memory_info()
     if hasattr(info, "peak_wset"):  # Windows
         return info.peak_wset
+    with suppress(OSError, StopIteration):  # Linux; ru_maxrss begins with the peak of the parent
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from bitnet_edu.chat import ChatSession
-from bitnet_edu.errors import BitNetError, InputError, one_line
+from bitnet_edu.errors import BitNetError, InputError, printable
 from bitnet_edu.files.atomic import all_or_nothing
 
 HELP = """\
@@ -77,7 +77,7 @@ class Terminal:
         if self.interactive:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (history and editing for input())
-            self.say(f"{one_line(self.name)}: type a message, or /help")
+            self.say(f"{printable(self.name)}: type a message, or /help")
         while True:
             try:
                 text = self.read()
@@ -97,7 +97,7 @@ class Terminal:
             except (BitNetError, OSError) as error:
                 if not self.interactive:
                     raise
-                self.console.print(Text(one_line(error), style="red"))
+                self.console.print(Text(printable(error), style="red"))
 
     def read(self) -> str | None:
         """The next message or `Command`, None at the end of the input."""
@@ -141,7 +141,7 @@ class Terminal:
         elif name == "/help":
             self.say(HELP)
         else:
-            self.say(f"There is no {one_line(name)}: /help lists the commands.")
+            self.say(f"There is no {printable(name)}: /help lists the commands.")
         return True
 
     def save(self, file: str) -> None:

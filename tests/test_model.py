@@ -157,7 +157,7 @@ def test_settings_are_checked_when_they_are_made(wrong):
         with pytest.raises(InputError):
             setattr(model, name, wrong[name])
     assert model.settings == Settings()
-    with pytest.raises(InputError, match="top_k must be 1 to 96"):
+    with pytest.raises(InputError, match="top_k must be a whole number from 1 to 96"):
         model.settings = Settings(screen=97)
     with pytest.raises(InputError, match=r"model\.Settings"):
         model.settings = {"threads": 1}

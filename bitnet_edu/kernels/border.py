@@ -40,15 +40,6 @@ def address(array: np.ndarray, dtype: type | tuple[type, ...], shape: tuple, wha
     return checked(array, dtype, shape, what).ctypes.data
 
 
-def checked_whole(value: int, least: int, most: int, what: str) -> int:
-    """`value` itself if it is a whole number in this range (True is none). Else InputError."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise InputError(f"{what} must be a whole number, not {value!r}")
-    if not least <= value <= most:
-        raise InputError(f"{what} must be {least} to {most}, not {value}")
-    return int(value)
-
-
 def aligned_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """np.zeros at a multiple of 64 bytes, so that no vector straddles two cache lines."""
     size = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize

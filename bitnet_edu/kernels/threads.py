@@ -26,9 +26,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from bitnet_edu.container import cpu_limit
-from bitnet_edu.errors import InputError
+from bitnet_edu.errors import InputError, require_whole
 from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit
-from bitnet_edu.kernels.border import checked_whole
 
 MOST_THREADS = 256
 DEFAULT_MOST = 16  # memory, not arithmetic, is the limit long before
@@ -41,7 +40,7 @@ LOOKS = 200_000  # 50 microseconds or more, longer than any chunk should take
 
 def checked_threads(threads: int) -> int:
     """`threads` itself, if that many can work. InputError for anything but 1 to MOST_THREADS."""
-    return checked_whole(threads, 1, MOST_THREADS, "threads")
+    return require_whole(threads, 1, MOST_THREADS, "threads")
 
 
 def default_threads() -> int:
@@ -67,26 +66,35 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of the threads
 
 
-def run(function, args: tuple, threads: int, *, long: bool = False) -> None:
+def run(function, args: tuple, threads: int) -> None:
     """Call function(*args, thread, counters) here and on `threads` - 1 helpers until all is done.
 
     `function` is compiled with nogil=True, takes its chunks by `take` and ends with `wait_for`.
-    An exception, Ctrl-C above all, leaves only when no helper is at work any more. long: it may
-    take seconds, so this thread hands its part to a helper too, and waits where Ctrl-C is heard.
+    An exception, Ctrl-C above all, leaves only when no helper is at work any more.
     """
     counters = np.zeros(64, np.int64)  # new ones each time: a late helper finds its work done
-    if threads > 1 or long:
+    if threads > 1:
         _compile(function, (*args, 0, counters))
     try:
-        mine = _submit(function, args, 0, counters) if long else None
         for thread in range(1, threads):
             _submit(function, args, thread, counters)
-        if mine is None:
-            function(*args, 0, counters)
-        else:
-            while not wait([mine], 0.05).done:  # waiting without end hears nothing on Windows
-                pass
-            mine.result()
+        function(*args, 0, counters)
+    except BaseException:
+        _withdraw(counters)
+        raise
+
+
+def run_long(function, args: tuple, threads: int) -> None:
+    """`run` for what takes seconds: all of it on helpers, while this thread listens to Ctrl-C."""
+    counters = np.zeros(64, np.int64)
+    _compile(function, (*args, 0, counters))
+    try:
+        jobs = [_submit(function, args, thread, counters) for thread in range(threads)]
+        if jobs[0] is None:
+            return function(*args, 0, counters)
+        while not wait(jobs[:1], 0.05).done:  # waiting without end hears nothing on Windows
+            pass
+        jobs[0].result()
     except BaseException:
         _withdraw(counters)
         raise

@@ -15,7 +15,7 @@ import pytest
 import bitnet_edu
 from bitnet_edu.kernels import threads
 from bitnet_edu.kernels.bits import cached_jit
-from bitnet_edu.kernels.threads import HELPERS, finish, run, take, wait_for
+from bitnet_edu.kernels.threads import HELPERS, finish, run, run_long, take, wait_for
 
 
 @cached_jit
@@ -34,24 +34,24 @@ def fill(memory, chunks, patience, thread, counters):
     wait_for(counters, chunks)
 
 
-@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("way", [run, run_long])
 @pytest.mark.parametrize("number", [1, 2, 7])
-def test_all_chunks_are_done_once(number, long):
+def test_all_chunks_are_done_once(number, way):
     memory = np.zeros(500, np.int64)
     for _ in range(20):
-        run(fill, (memory, len(memory), 100), number, long=long)
+        way(fill, (memory, len(memory), 100), number)
     assert (memory == 20).all()
 
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_ctrl_c_is_heard_in_the_middle_of_long_work(number):
     """At the next chunk: a hundredth of what would take minutes."""
-    run(fill, (np.zeros(1, np.int64), 1, 1), number, long=True)  # compiled
+    run_long(fill, (np.zeros(1, np.int64), 1, 1), number)  # compiled
     memory, patience = np.zeros(10**5, np.int64), 10**6
     timer = threading.Timer(0.3, _thread.interrupt_main)
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        run(fill, (memory, len(memory), patience), number, long=True)
+        run_long(fill, (memory, len(memory), patience), number)
     assert 0 < np.count_nonzero(memory) < len(memory)
     before = memory.copy()
     time.sleep(0.05)
@@ -119,8 +119,9 @@ def test_without_another_thread_one_does_it_all(monkeypatch):
 
     monkeypatch.setattr(threads, "_pool", NoThreads)
     memory = np.zeros(50, np.int64)
-    run(fill, (memory, 50, 3), 4)
-    assert (memory == 1).all()
+    for count, way in enumerate((run, run_long), 1):
+        way(fill, (memory, 50, 3), 4)
+        assert (memory == count).all()
 
 
 INTERRUPTED = """
