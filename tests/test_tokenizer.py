@@ -420,6 +420,8 @@ def test_lone_surrogates_become_replacement_characters_everywhere(tmp_path):
 ENDLESS = {
     "loops in loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}"
     "{% endfor %}",
+    "loops over a list": "{% set r = range(9999) | list %}{% for a in r %}{% for b in r %}"
+    "{% for c in r %}{% endfor %}{% endfor %}{% endfor %}",
     "a power": "{{ 9 ** (9 ** 9) }}",
     "squares of squares": "{% set n = namespace(x=9) %}{% for i in range(99) %}"
     "{% set n.x = n.x * n.x %}{% endfor %}",
