@@ -472,5 +472,13 @@ def doctor(args: argparse.Namespace) -> int:
     return 0 if ok else 1
 
 
+def command() -> NoReturn:
+    """What the shell calls: `main`, but an interrupt does not wait for what compiles meanwhile."""
+    status = main()
+    if status == 130:  # all that was begun is tidied up: nothing is lost
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

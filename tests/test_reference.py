@@ -52,6 +52,11 @@ def test_the_observer_sees_every_step_of_every_layer(model, seen):
     expected = ["embedding"]
     for layer in range(model.config.num_hidden_layers):
         for name in matrices:
+            inside = {
+                "o_proj": ("queries", "keys", "values", "attention"),
+                "down_proj": ("feed_forward",),
+            }
+            expected += [f"layers.{layer}.{part}" for part in inside.get(name, ())]
             parts = ("input", "codes", "int8", "sums")
             expected += [f"layers.{layer}.{name}.{part}" for part in parts]
             if name in ("o_proj", "down_proj"):
@@ -76,7 +81,7 @@ def test_the_arrays_between_the_layers_are_those_of_transformers(folder, seen):
     pytest.importorskip("transformers")
     _, theirs = transformers.trace_transformers(transformers.load_transformers(folder), IDS)
     shared = seen.keys() & theirs.keys()
-    assert len(shared) == 2 + 2 * (2 + 7)
+    assert len(shared) == 2 + 2 * (2 + 7 + 2)  # what stands before the two SubLNs, too
     for name in shared:
         ours = seen[name].astype(np.float64)
         # these tokens have no flip in these weights: see test_verify for those that do

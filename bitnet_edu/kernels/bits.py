@@ -7,13 +7,17 @@ import hashlib
 import pickle
 import platform
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import config, njit, types
 from numba.core import cgutils
-from numba.core.caching import IndexDataCacheFile
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.codegen import get_host_cpu_features
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, register_jitable
@@ -49,12 +53,34 @@ def cached_jit(function):
     try:
         compiled = njit(**OPTIONS, cache=True)(function)
     except (RuntimeError, OSError):
-        return njit(**OPTIONS)(function)
+        compiled = njit(**OPTIONS)(function)
+    compiled.compile = functools.partial(_aside, compiled.compile)
+    if not isinstance(compiled._cache, FunctionCache):
+        return compiled
     cache = compiled._cache
     cache._guard_against_spurious_io_errors = lambda: contextlib.suppress(Exception)
     stamp = cache._cache_file._source_stamp, _sources()
     cache._cache_file = _CacheFile(cache._cache_path, cache._impl.filename_base, stamp)
     return compiled
+
+
+def _aside(compile_: Callable, signature: tuple) -> Any:
+    """Compile on another thread while this one waits: Ctrl-C in the middle of LLVM would crash."""
+    if threading.current_thread() is not threading.main_thread():
+        return compile_(signature)
+    outcome: Future = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(compile_(signature))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=work, name="bitnet_edu compiler")
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.05)
+    return outcome.result()
 
 
 class _CacheFile(IndexDataCacheFile):

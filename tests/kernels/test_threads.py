@@ -15,7 +15,7 @@ import pytest
 import bitnet_edu
 from bitnet_edu.kernels import threads
 from bitnet_edu.kernels.bits import cached_jit
-from bitnet_edu.kernels.threads import HELPERS, finish, run, run_long, take, wait_for
+from bitnet_edu.kernels.threads import HELPERS, NEXT, finish, run, run_long, take, wait_for
 
 
 @cached_jit
@@ -58,6 +58,13 @@ def test_ctrl_c_is_heard_in_the_middle_of_long_work(number):
     np.testing.assert_array_equal(memory, before)
 
 
+def wait_until_begun(counters):
+    """Until a helper has a ticket, if there is one who can take it."""
+    end = time.monotonic() + 30
+    while counters is not None and not counters[NEXT] and time.monotonic() < end:
+        time.sleep(1e-4)
+
+
 @pytest.mark.parametrize("after", [0, 1, 3, "function"])
 def test_no_helper_works_on_after_an_interrupt(monkeypatch, after):
     """Between handing out the work and doing it, in the middle of handing out, or in the end."""
@@ -66,11 +73,13 @@ def test_no_helper_works_on_after_an_interrupt(monkeypatch, after):
     def interrupted(function, args, thread, counters):
         seen.append(counters)
         if thread - 1 == after:
+            wait_until_begun(counters if after else None)
             raise KeyboardInterrupt
         submit(function, args, thread, counters)
 
     def function(*args):
         if after == "function" and args[-2] == 0:
+            wait_until_begun(args[-1])
             raise KeyboardInterrupt
         fill(*args)
 
