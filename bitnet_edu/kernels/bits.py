@@ -19,6 +19,7 @@ from numba import config, njit, types
 from numba.core import cgutils
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.codegen import get_host_cpu_features
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, register_jitable
 
@@ -66,7 +67,8 @@ def cached_jit(function):
 
 def _aside(compile_: Callable, signature: tuple) -> Any:
     """Compile on another thread while this one waits: Ctrl-C in the middle of LLVM would crash."""
-    if threading.current_thread() is not threading.main_thread():
+    on_main = threading.current_thread() is threading.main_thread()
+    if not on_main or global_compiler_lock.is_locked():  # by a function that calls this one
         return compile_(signature)
     outcome: Future = Future()
 

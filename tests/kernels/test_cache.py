@@ -120,6 +120,24 @@ def test_without_the_compiler_one_line_says_so():
         assert "BitNetError: NUMBA_DISABLE_JIT is set" in done.stderr
 
 
+CALLER = """
+from numba import njit
+from bitnet_edu.kernels.ladder import times_code
+@njit
+def twice(w, value):
+    return 2 * times_code(w, value)
+print(twice(-1, 21))
+"""
+
+
+def test_a_function_of_the_readers_own_may_call_ours(tmp_path):
+    """It is compiled with the compiler's lock in hand, and ours within it."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    run_ = [sys.executable, "-c", CALLER]
+    done = subprocess.run(run_, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "-42\n"), done.stderr
+
+
 def test_only_one_place_compiles():
     """What Numba compiles goes through `bits.py`: its cache, and no exception in a thread."""
     for file in Path(bitnet_edu.__file__).parent.rglob("*.py"):
