@@ -22,7 +22,7 @@ from bitnet_edu.generate import BitNetLM
 from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit, pointer
 from bitnet_edu.kernels.border import address
 from bitnet_edu.kernels.threads import checked_threads, finish, run, take, wait_for
-from bitnet_edu.model import KVCache
+from bitnet_edu.model import BitNet, KVCache
 from bitnet_edu.proof.transformers import serve_timings
 from bitnet_edu.system import cpu_name, peak_memory
 from bitnet_edu.weights import BITNET_2B4T, random_weights
@@ -157,7 +157,7 @@ def _measure(
     parts: list[dict[str, float]] = []
     for repeat in range(repeats):
         progress(f"repeat {repeat + 1} of {repeats}")
-        bandwidth.append(read_bandwidth(model))
+        bandwidth.append(read_bandwidth(model.engine))
         for n, speeds in zip(contexts, decode, strict=True):
             speeds.append(_decode(model, cache, n))
         parts.append(_parts(model, cache, contexts[-1]))
@@ -238,16 +238,16 @@ def _parts(model: BitNetLM, cache: KVCache, context: int) -> dict[str, float]:
 # --- The memory ----------------------------------------------------------------------------------
 
 
-def read_bandwidth(model: BitNetLM) -> float:
-    """Bytes a second at which the model's threads read all its weights and do nothing else."""
-    arrays = model.engine.arrays_of_a_token
+def read_bandwidth(engine: BitNet) -> float:
+    """Bytes a second at which the engine's threads read all its weights and do nothing else."""
+    arrays = engine.arrays_of_a_token
     addresses = np.array([address(a, a.dtype.type, a.shape, "weights") for a in arrays])
     sizes = np.array([a.nbytes for a in arrays])
     sums = np.zeros(int(sum(-(-size // READ_CHUNK) for size in sizes)), np.int32)
     rates = []
     for _ in range(3):
         start = time.perf_counter()
-        run(_read, (addresses, sizes, sums), model.threads)
+        run(_read, (addresses, sizes, sums), engine.threads)
         rates.append(sizes.sum() / (time.perf_counter() - start))
     return float(max(rates))
 

@@ -61,7 +61,7 @@ def test_bandwidth_reads_every_byte_once(monkeypatch):
 
     run = module.run
     monkeypatch.setattr(module, "run", spy)
-    assert read_bandwidth(model) > 0
+    assert read_bandwidth(model.engine) > 0
     everything = b"".join(array.tobytes() for array in model.engine.arrays_of_a_token)
     assert set(sums) == {np.frombuffer(everything, np.int32).sum(dtype=np.int32)}
 
