@@ -8,6 +8,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
+PATIENCE = 300_000  # milliseconds: to end a hang, not to judge a busy machine
 BOOK = Path(__file__).parents[2] / "_build" / "html"
 PAGES = sorted(
     str(page.relative_to(BOOK))
@@ -59,6 +60,7 @@ WIDGETS_READY = """() => {
 def open_page(browser: Browser, url: str, width: int) -> tuple[Page, list[str]]:
     """Open a page with a fresh profile wait until it is drawn, and note its complaints."""
     page = browser.new_context(viewport={"width": width, "height": 900}).new_page()
+    page.set_default_timeout(PATIENCE)
     complaints: list[str] = []
     host = re.match(r"https?://[^/]+", url)[0]
 
@@ -90,7 +92,7 @@ def open_page(browser: Browser, url: str, width: int) -> tuple[Page, list[str]]:
     )
     page.goto(url, wait_until="load")
     page.evaluate("() => window.MathJax?.startup?.promise")
-    page.wait_for_function(WIDGETS_READY, timeout=20_000)
+    page.wait_for_function(WIDGETS_READY, timeout=PATIENCE)
     return page, complaints
 
 
@@ -101,6 +103,7 @@ def test_the_book_is_built() -> None:
 @pytest.mark.browser
 def test_the_front_door_leads_to_the_introduction(browser: Browser, book_url: str) -> None:
     page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
     page.goto(book_url)
     page.wait_for_url("**/book/intro.html")
     page.close()

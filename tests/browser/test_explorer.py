@@ -19,8 +19,8 @@ from playwright.sync_api import Browser, Page, TimeoutError, expect
 
 from bitnet_edu.files.source import TINY
 
-MINUTE = 60_000  # milliseconds; the first answer may have to wait for the compiler
-expect.set_options(timeout=MINUTE)
+PATIENCE = 300_000  # milliseconds: to end a hang, not to judge a busy machine
+expect.set_options(timeout=PATIENCE)
 # JupyterLab and Voila say these themselves, on every page and without our panels
 HARMLESS = ("shared singleton module", "shared module", "favicon", "fontawesome")
 
@@ -111,7 +111,7 @@ def page(browser: Browser) -> Iterator[Page]:
     """A page that fails the test on any error of a script or on the console."""
     errors = []
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(MINUTE)
+    page.set_default_timeout(PATIENCE)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on(
         "console", lambda m: errors.append(f"{m.text} {m.location}") if m.type == "error" else 0
@@ -122,7 +122,7 @@ def page(browser: Browser) -> Iterator[Page]:
 
 
 def idle(page: Page) -> None:
-    expect(page.locator(".bn-chat")).to_have_attribute("aria-busy", "false", timeout=MINUTE)
+    expect(page.locator(".bn-chat")).to_have_attribute("aria-busy", "false", timeout=PATIENCE)
 
 
 def send(page: Page, text: str) -> None:
@@ -192,7 +192,7 @@ def stop_midway(page: Page) -> None:
     first = live.inner_text()
     expect(live).not_to_have_text(first)  # it grows
     page.get_by_label("Message", exact=True).press("Escape")
-    expect(page.locator(".bn-chat")).to_have_attribute("aria-busy", "false", timeout=2_000)
+    expect(page.locator(".bn-chat")).to_have_attribute("aria-busy", "false", timeout=PATIENCE)
     stopped = answer(page)
     page.evaluate("document.querySelector('.bn-assistant').dataset.old = 'yes'")
     page.get_by_role("button", name="Again").click()
@@ -321,18 +321,19 @@ def test_app_asks_no_other_host(page: Page, voila_url: str):
 
 def test_page_without_the_token_shows_nothing(browser: Browser, voila_url: str):
     page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
     page.goto(voila_url.split("?")[0])
     assert "with its token" in page.locator("body").inner_text()
     page.goto(voila_url)  # and with the cookie that this gives, the bare address is enough
     page.goto(voila_url.split("?")[0])
-    page.locator(".bn-chat").wait_for(timeout=MINUTE)
+    page.locator(".bn-chat").wait_for(timeout=PATIENCE)
     page.close()
 
 
 def test_chat_in_jupyterlab(page: Page, lab_url: str):
     page.goto(lab_url)
     page.locator(".jp-CodeCell .cm-content").first.click()
-    for _ in range(20):  # until the kernel has started, the keys do nothing
+    for _ in range(100):  # until the kernel has started, the keys do nothing
         page.keyboard.press("Control+Enter")
         try:
             page.locator(".bn-chat").wait_for(timeout=3_000)

@@ -20,6 +20,7 @@ def test_figures_and_copies_of_them_live_on_one_page(
     body = "".join(figure.data for figure in figures)
     path.write_text(f'<!doctype html><meta charset="utf-8"><body>{body}', encoding="utf-8")
     page, errors = browser.new_page(viewport={"width": 390, "height": 800}), []
+    page.set_default_timeout(300_000)  # to end a hang, not to judge a busy machine
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(path.as_uri() if by == "file" else f"{folder_url}/{path.name}")
     expect(page.locator(".bn-arch")).to_have_count(2)

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from tornado.web import create_signed_value
 
-PATIENCE = 60  # seconds
+PATIENCE = 300  # seconds: to end a hang, not to judge a busy machine
 APP = [sys.executable, "-m", "bitnet_edu.cli", "app", "--no-browser", "--port"]
 
 
@@ -191,7 +191,7 @@ def test_a_signal_ends_the_app_and_its_kernels(tmp_path, sent, status):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert end(running, sent) == status
-    assert psutil.wait_procs(kernels, timeout=10)[1] == []
+    assert psutil.wait_procs(kernels, timeout=PATIENCE)[1] == []
     assert "Traceback" not in (tmp_path / "log").read_text()
     assert not list(tmp_path.glob("voila_*"))
 
