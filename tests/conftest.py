@@ -1,8 +1,12 @@
 """What holds for every test: no torch.compile (it wants a C++ compiler), no colours, no hub."""
 
 import os
+import signal
 
 from hypothesis import settings
+
+# whatever runs the tests may have switched Ctrl-C off, for itself and so for all its children
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 # OpenMP threads spin while they wait: on small matrices and a busy machine that is ten times slower
