@@ -16,7 +16,7 @@ def printable(text: object, most: int = 2000) -> str:
 
     Of more than `most` characters the middle is left out.
     """
-    text = " ".join(str(text).split())
+    text = str(text)
     if len(text) > most:
         text = f"{text[: most // 2]} [...] {text[-most // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
