@@ -7,7 +7,6 @@ from bitnet_edu.errors import ContextLengthError, InputError
 from bitnet_edu.generate import (
     BitNetLM,
     Progress,
-    Sampling,
     Stop,
     generate_ids,
     recorded,
@@ -15,6 +14,7 @@ from bitnet_edu.generate import (
     split_stop,
     until,
 )
+from bitnet_edu.sampling import Sampling
 from bitnet_edu.tokenizer import Message, clean_text
 
 

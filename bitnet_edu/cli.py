@@ -263,7 +263,8 @@ def add_json(verb: Parser) -> None:
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
-    from bitnet_edu.generate import Sampling, require_request
+    from bitnet_edu.generate import require_request
+    from bitnet_edu.sampling import Sampling
 
     Sampling(args.temperature, args.top_k, args.top_p, args.seed)  # before a model is loaded
     require_request(args.max_new_tokens)

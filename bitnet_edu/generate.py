@@ -1,57 +1,23 @@
 """From logits to text: sampling, streaming, stop conditions."""
 
-import numbers
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from bitnet_edu.errors import (
-    BitNetError,
     ContextLengthError,
     InputError,
     is_whole,
     require_whole,
 )
-from bitnet_edu.layers import Observer, softmax
+from bitnet_edu.layers import Observer
 from bitnet_edu.model import BATCH, BitNet, KVCache, Settings
+from bitnet_edu.sampling import GREEDY, Sampling
 from bitnet_edu.tokenizer import Messages, Tokenizer, clean_text
 from bitnet_edu.weights import BitNetConfig, Weights
 
 Stop = str | int | Collection[str | int] | None
 Progress = Callable[[int, int], None]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    temperature: 0 (default) always takes the best. top_k: among the K best only. top_p: among the
-    fewest whose probabilities reach this share, above 0 to 1. seed: 0 to 2**64 - 1; the same seed
-    gives the same tokens, None always others. Raises InputError.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-
-    def __post_init__(self):
-        if not (_is_number(self.temperature) and 0 <= self.temperature < np.inf):
-            raise InputError(f"temperature must be a number from 0 up, not {self.temperature!r}")
-        if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise InputError(f"top_p must be a number above 0, up to 1, not {self.top_p!r}")
-        if self.top_k is not None:
-            require_whole(self.top_k, 1, None, "top_k")
-        if self.seed is not None:
-            require_whole(self.seed, 0, 2**64 - 1, "seed")
-
-
-GREEDY = Sampling()
 
 
 class BitNetLM:
@@ -99,6 +65,12 @@ class BitNetLM:
     ) -> np.ndarray:
         """Append tokens to the cache; the next one's scores, float32[vocab]: `BitNet.forward`."""
         return self.engine.forward(ids, cache, observe)
+
+    def next_tokens(
+        self, ids: Sequence[int], cache: KVCache, sampling: Sampling, keys: np.ndarray
+    ) -> list[int]:
+        """Append tokens; choose what follows each of the last ones: `BitNet.next_tokens`."""
+        return self.engine.next_tokens(ids, cache, sampling, keys)
 
     def new_cache(self, max_len: int | None = None, dtype: type | None = None) -> KVCache:
         """An empty KV cache: see `BitNet.new_cache`."""
@@ -277,41 +249,20 @@ def _generate(
     cache: KVCache,
     progress: Progress | None,
 ) -> Iterator[int]:
-    rng = np.random.default_rng(sampling.seed)
+    keys = np.random.default_rng(sampling.seed)
     for first in range(0, len(ids), BATCH):
         if progress:
             progress(first, len(ids))
-        scores = model.forward(ids[first : first + BATCH], cache)
+        part = ids[first : first + BATCH]
+        if first + BATCH < len(ids):
+            model.forward(part, cache)
     for left in range(max_new_tokens - 1, -1, -1):
-        token = sample(scores, rng, sampling)
+        key = keys.integers(0, 2**64, 1, np.uint64)
+        [token] = model.next_tokens(part, cache, sampling, key)
         yield token
         if token in stop or not left or cache.length == cache.max_len:
             return
-        scores = model.forward([token], cache)
-
-
-def sample(scores: np.ndarray, rng: np.random.Generator, sampling: Sampling = GREEDY) -> int:
-    """Pick the next token from float32[vocab] scores.
-
-    temperature 0: the best score, the lowest id among equals. Otherwise softmax(scores /
-    temperature) over the top_k best and, of these, the fewest whose probabilities reach top_p
-    (nucleus sampling, arXiv 1904.09751). BitNetError if the scores hold NaN or Inf.
-    """
-    if not np.isfinite(scores).all():
-        raise BitNetError(
-            "the model produced NaN or Inf instead of scores: the weights are damaged or were read "
-            "in the wrong format; `bitnet-edu verify` finds the layer"
-        )
-    if sampling.temperature == 0:
-        return int(scores.argmax())
-    order = np.argsort(-scores)[: sampling.top_k]
-    behind = scores[order].astype(np.float64) - scores[order[0]]
-    with np.errstate(over="ignore"):  # at 1e-320 all but the best are infinitely far behind
-        probabilities = softmax(behind / float(sampling.temperature))
-    if sampling.top_p is not None and sampling.top_p < 1:
-        keep = int(np.searchsorted(np.cumsum(probabilities), sampling.top_p)) + 1
-        order, probabilities = order[:keep], probabilities[:keep]
-    return int(rng.choice(order, p=probabilities / probabilities.sum()))
+        part = [token]
 
 
 def token_ids(ids: Sequence[int], vocab_size: int) -> np.ndarray:

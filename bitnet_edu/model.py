@@ -37,6 +37,7 @@ from bitnet_edu.kernels.step import (
 )
 from bitnet_edu.kernels.threads import checked_threads, default_threads, run, run_long
 from bitnet_edu.layers import Observer, rope_frequencies
+from bitnet_edu.sampling import Sampling, sample
 from bitnet_edu.weights import BitNetConfig, Weights
 
 BATCH = 256  # prompt tokens that go through the layers together
@@ -233,6 +234,20 @@ class BitNet:
         scores = np.empty((1, self.config.vocab_size), np.float32)
         self._body(ids, cache, scores, observe, screened=True)
         return scores[0]
+
+    def next_tokens(
+        self, ids: np.ndarray, cache: KVCache, sampling: Sampling, keys: np.ndarray
+    ) -> list[int]:
+        """Append int[T] tokens to the cache; choose what follows each of the last n of them.
+
+        keys: uint64[n], n <= T, the random number of each choice. Errors as for `forward`.
+        """
+        ids = self._checked(ids)
+        if not 1 <= len(keys) <= len(ids):
+            raise InputError(f"{len(keys)} choices can't be made after {len(ids)} tokens")
+        scores = np.empty((len(keys), self.config.vocab_size), np.float32)
+        self._body(ids, cache, scores, None, screened=len(keys) == 1)
+        return [sample(row, int(key), sampling) for row, key in zip(scores, keys, strict=True)]
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
         try:

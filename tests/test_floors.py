@@ -13,7 +13,7 @@ PACKAGE = Path(bitnet_edu.__file__).parent
 FLOORS = (
     ("errors", "container", "quantize", "packing", "weights"),
     ("kernels",),
-    ("layers",),
+    ("layers", "sampling"),
     ("reference", "model"),
     ("files", "tokenizer", "tokenizer_json", "chat_template"),
     ("generate", "chat", "load"),

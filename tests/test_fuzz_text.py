@@ -18,7 +18,8 @@ from kinds_of_tokenizers import KINDS, SIMPLE, folder_of
 from tokenizers import Tokenizer as HFTokenizer
 
 from bitnet_edu.errors import BitNetError
-from bitnet_edu.generate import Sampling, require_request, split_stop, token_ids
+from bitnet_edu.generate import require_request, split_stop, token_ids
+from bitnet_edu.sampling import Sampling
 from bitnet_edu.tokenizer import Tokenizer
 from bitnet_edu.weights import BitNetConfig
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from oracle import torch, transformers
 
 from bitnet_edu import BitNetError, ContextLengthError, InputError, load
-from bitnet_edu.generate import BitNetLM, Sampling, generate_ids, sample, until
+from bitnet_edu.generate import BitNetLM, generate_ids, until
 from bitnet_edu.model import BATCH, BitNet, Settings
+from bitnet_edu.sampling import Sampling, sample
 
 PROMPT = [0, 70, 80, 90]
 
