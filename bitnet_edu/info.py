@@ -1,5 +1,6 @@
 """What a model is made of, in numbers: shape, dtypes, sizes, share of zeros in every matrix."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from bitnet_edu.book.xray import code_counts, entropy_bits, xray
@@ -19,8 +20,8 @@ def describe(source: str = "tiny", *, ternarize: bool = False) -> dict[str, Any]
     norms = [array for layer in weights.layers for array in layer[7:]] + [weights.norm]
     tied = weights.lm_head is weights.embedding
     tables = [weights.embedding] if tied else [weights.embedding, weights.lm_head]
-    ternary = sum(4 * matrix.packed.size for matrix in matrices)
-    counts = sum(code_counts(matrix.packed) for matrix in matrices)
+    ternary = sum(math.prod(matrix.shape) for matrix in matrices)
+    counts = sum(code_counts(matrix.in_two_bits()) for matrix in matrices)
     layers: list[dict[str, Any]] = [{} for _ in weights.layers]
     for row in xray(weights):
         shape = list(config.matrix_shapes[row.matrix])
@@ -32,6 +33,7 @@ def describe(source: str = "tiny", *, ternarize: bool = False) -> dict[str, Any]
         "config": config._asdict() | {"head_dim": config.head_dim},
         "parameters": ternary + sum(array.size for array in norms + tables),
         "ternary_parameters": ternary,
+        "packing": "2bit" if matrices[0].base3_rows is None else "base3",
         "tied_embeddings": tied,
         "embedding_dtype": str(weights.embedding.dtype),
         "vocabulary_of_tokenizer": tokenizer and tokenizer.backend.get_vocab_size(),
@@ -52,13 +54,14 @@ def render(description: dict[str, Any]) -> "Group":
     from rich.console import Group
     from rich.table import Table
 
+    packing = "packed in 2 bits" if description["packing"] == "2bit" else "in base 3, 1.6 bits each"
     size, config = description["bytes"], description["config"]
     facts = Table(box=None, show_header=False)
     for name, value in {
         "parameters": f"{description['parameters']:,}, of them ternary "
         f"{description['ternary_parameters']:,}",
         "files": f"{size['files']:,} bytes",
-        "ternary weights": f"{size['ternary']:,} bytes, packed in 2 bits "
+        "ternary weights": f"{size['ternary']:,} bytes, {packing} "
         f"(entropy {description['entropy_bits']:.3f} bits a weight)",
         "embedding": f"{size['embedding_and_head']:,} bytes, {description['embedding_dtype']}, "
         + ("tied to the head" if description["tied_embeddings"] else "with a head of its own"),

@@ -21,7 +21,8 @@ from bitnet_edu.kernels.attention import PAD, SPAN, STRETCH, TILE
 from bitnet_edu.kernels.bits import has_float16
 from bitnet_edu.kernels.border import address, aligned_zeros, checked
 from bitnet_edu.kernels.head import Screen
-from bitnet_edu.kernels.simd import MAX_COLUMNS, NO_KERNEL, kernel_index, kernel_name
+from bitnet_edu.kernels.matmul import base3_of
+from bitnet_edu.kernels.simd import MAX_COLUMNS, NO_KERNEL, PACKINGS, kernel_index, kernel_name
 from bitnet_edu.kernels.step import (
     INPUT,
     MIDDLE,
@@ -36,9 +37,10 @@ from bitnet_edu.kernels.step import (
     step,
 )
 from bitnet_edu.kernels.threads import checked_threads, default_threads, run, run_long
+from bitnet_edu.kernels.tuning import Tuning, packing_of, tuning_for
 from bitnet_edu.layers import Observer, rope_frequencies
 from bitnet_edu.sampling import Sampling, sample
-from bitnet_edu.weights import BitNetConfig, Weights
+from bitnet_edu.weights import BitNetConfig, TernaryMatrix, Weights
 
 BATCH = 256  # prompt tokens that go through the layers together
 SLOTS = 4 * BATCH  # of attention: a token in each span of positions that it looks back at
@@ -53,19 +55,23 @@ class Settings:
     """How an engine works; what it computes does not depend on it, but for a float16 cache.
 
     threads: 1 to 256 (default: the physical cores). kernel: a name in `kernels.simd.KERNELS`
-    (default: the fastest that this CPU runs). cache_dtype: of a new KV cache, float32 or float16.
-    screen: None, or how many best logits `forward` keeps exact (see `kernels/head.py`).
+    (default: the fastest that this CPU runs). packing: of the ternary weights while they are worked
+    with, "2bit", "base3", or "auto": what is faster here (see `kernels/tuning.py`). cache_dtype: of
+    a new KV cache, float32 or float16. screen: None, or how many best logits `forward` keeps exact (see `kernels/head.py`).
     Raises InputError.
     """
 
     threads: int = field(default_factory=default_threads)
     kernel: str = field(default_factory=kernel_name)
+    packing: str = "auto"
     cache_dtype: type = np.float32
     screen: int | None = None
 
     def __post_init__(self):
         checked_threads(self.threads)
         kernel_index(self.kernel)
+        if self.packing not in ("auto", *PACKINGS):
+            raise InputError(f"packing must be auto, 2bit or base3, not {self.packing!r}")
         _checked_cache_dtype(self.cache_dtype)
         if self.screen is not None:
             require_whole(self.screen, 1, 2**31, "screen, the number of exact logits,")
@@ -155,7 +161,9 @@ class BitNet:
         narrow = head.dtype == ml_dtypes.bfloat16
         # kept, for the table holds nothing but addresses
         self._head = head if narrow else head.astype(np.float32, copy=False)
-        self._table = self._make_table()
+        self._tables: dict[str, Table] = {}
+        self._base3: list[np.ndarray] = []  # kept, as the head is
+        self._tunings: dict[tuple[str, int], Tuning] = {}
         self._bytes = sum(m.packed.nbytes for layer in weights.layers for m in layer[:7])
         self._work: Work | None = None
         self._screen: Screen | None = None
@@ -169,6 +177,10 @@ class BitNet:
     def settings(self, settings: Settings) -> None:
         if not isinstance(settings, Settings):
             raise InputError(f"settings must be made by model.Settings, not {settings!r}")
+        if settings.packing == "2bit" and packing_of(self._matrices[0]) == "base3":
+            raise InputError(
+                "this model lies in base 3: `bitnet-edu convert` makes a model in 2 bits of it"
+            )
         screen = self._screen
         if settings.screen is not None:
             require_whole(settings.screen, 1, self.config.vocab_size, "top_k")
@@ -275,7 +287,7 @@ class BitNet:
         with self._lock:
             settings = self._settings
             self._require_room(cache, len(ids))
-            table = self._table
+            table = self._table_for(settings)
             if screened := screened and settings.screen is not None:
                 codes, scales = self._screen.codes, self._screen.scales
                 place = address(codes, np.int8, codes.shape, "the screen")
@@ -351,7 +363,8 @@ class BitNet:
     @property
     def arrays_of_a_token(self) -> list[np.ndarray]:
         """All weights that a decode step reads: packed matrices, and the head or its int8 copy."""
-        packed = [matrix.packed for layer in self.weights.layers for matrix in layer[:7]]
+        with self._lock:
+            packed = self._arrays(self._packing(self._settings))
         return [*packed, self._head if self._settings.screen is None else self._screen.codes]
 
     def time_step(
@@ -368,7 +381,8 @@ class BitNet:
             scores = np.empty((1, self.config.vocab_size), np.float32)
             kernel = kernel_index(self._settings.kernel) if products else NO_KERNEL
             stages = STAGES * self._shape.layers + 1 + head
-            args = self._shape, self._table, cache._arrays, work, scores, context, 1, 0, stages
+            table = self._table_for(self._settings)
+            args = self._shape, table, cache._arrays, work, scores, context, 1, 0, stages
             start = time.perf_counter()
             run(step, (*args, kernel, threads), threads)
             return time.perf_counter() - start
@@ -378,7 +392,8 @@ class BitNet:
     ) -> None:
         """What a stage has just made, under the reference's names."""
         layer, kind = divmod(stage, STAGES)
-        hidden, table, prefix = self._shape.hidden, self._table, f"layers.{layer}."
+        hidden, table = self._shape.hidden, next(iter(self._tables.values()))
+        prefix = f"layers.{layer}."
         if kind == INPUT and layer <= self._shape.layers:
             name = f"layers.{layer - 1}.after_feed_forward" if layer else "embedding"
             observe(name, work.x[:tokens])
@@ -396,7 +411,7 @@ class BitNet:
         # a norm makes the input of the next product, a product the sums of its matrices
         names, first = list(self.config.matrix_shapes), stage_matrices(kind)
         for m in range(*first):
-            place, rows = table.offsets[m], 4 * table.rows[m]
+            place, rows = table.offsets[m], table.outputs[m]
             observe(f"{prefix}{names[m]}.sums", work.sums[:tokens, place : place + rows])
         for m in range(*stage_matrices(kind + 1)) if first == (0, 0) else ():
             columns = table.columns[m]
@@ -405,23 +420,56 @@ class BitNet:
             observe(f"{prefix}{names[m]}.input", work.normed[:tokens, :columns])
             observe(f"{prefix}{names[m]}.int8", work.q[:tokens, :columns])
 
-    def _make_table(self) -> Table:
+    def tuning(self) -> Tuning:
+        """What was chosen for this machine, these threads and this kernel, measured if need be."""
+        with self._lock:
+            return self._tuning(self._settings)
+
+    def _tuning(self, settings: Settings) -> Tuning:
+        key = settings.kernel, settings.threads
+        if key not in self._tunings:
+            self._tunings[key] = tuning_for(self._matrices, self._head, *key)
+        return self._tunings[key]
+
+    @property
+    def _matrices(self) -> list[TernaryMatrix]:
+        return [matrix for layer in self.weights.layers for matrix in layer[:7]]
+
+    def _table_for(self, settings: Settings) -> Table:
+        """The weights in the packing of the settings, made when they are needed first."""
+        tuning, packing = self._tuning(settings), self._packing(settings)
+        if packing not in self._tables:
+            self._tables[packing] = self._make_table(packing)
+        ahead = tuning.ahead if packing == "2bit" else tuning.base3_ahead
+        return self._tables[packing]._replace(ahead=ahead, head_ahead=tuning.head_ahead)
+
+    def _packing(self, settings: Settings) -> str:
+        if (stored := packing_of(self._matrices[0])) == "base3":
+            return stored
+        return self._tuning(settings).packing if settings.packing == "auto" else settings.packing
+
+    def _arrays(self, packing: str) -> list[np.ndarray]:
+        """The packed matrices; base-3 copies are made once."""
+        arrays = [matrix.packed for matrix in self._matrices]
+        if packing == packing_of(self._matrices[0]):
+            return arrays
+        if not self._base3:
+            self._base3 = [base3_of(array, self.threads) for array in arrays]
+        return self._base3
+
+    def _make_table(self, packing: str) -> Table:
         layers = self.weights.layers
-        shapes = list(self.config.matrix_shapes.items())
-        out, columns = np.array([shape for _, shape in shapes]).T
+        out, columns = np.array(list(self.config.matrix_shapes.values())).T
         q, k, _, _, gate, _, _ = out
-        addresses = [
-            [
-                address(getattr(layer, name).packed, np.uint8, (rows // 4, n), name)
-                for name, (rows, n) in shapes
-            ]
-            for layer in layers
-        ]
+        arrays = self._arrays(packing)
+        places = [address(array, np.uint8, array.shape, "packed weights") for array in arrays]
         return Table(
-            np.array(addresses, np.int64),
+            list(PACKINGS).index(packing),
+            np.array(places, np.int64).reshape(-1, 7),
             np.array([[matrix.scale for matrix in layer[:7]] for layer in layers], np.float32),
-            out // 4,
+            np.array([len(array) for array in arrays[:7]]),
             columns.copy(),
+            out.copy(),
             np.array([0, q, q + k, 0, 0, gate, 0]),
             np.array([layer.input_layernorm for layer in layers] + [self.weights.norm], np.float32),
             np.array([layer.post_attention_layernorm for layer in layers], np.float32),
@@ -430,6 +478,8 @@ class BitNet:
             address(self._head, HEAD_DTYPES, self._head.shape, "the head"),
             self._head.itemsize,
             np.empty(0, np.float32),
+            0,
+            0,
         )
 
     def _make_work(self, threads: int) -> Work:
@@ -512,9 +562,11 @@ def _require_fit(config: BitNetConfig, weights: Weights) -> None:
         raise InputError(f"{len(weights.layers)} layers for {config.num_hidden_layers} in config")
     for index, layer in enumerate(weights.layers):
         for name, (out, columns) in config.matrix_shapes.items():
-            packed, scale = getattr(layer, name)
-            checked(packed, np.uint8, (out // 4, columns), f"layer {index}: {name}")
-            if out % 4 or not np.isfinite(scale):
+            packed, scale, base3_rows = getattr(layer, name)
+            rows = out // 4 if base3_rows is None else -(-out // 5)
+            checked(packed, np.uint8, (rows, columns), f"layer {index}: {name}")
+            same = base3_rows == (None if weights.layers[0].q_proj.base3_rows is None else out)
+            if out % 4 or not same or not np.isfinite(scale):
                 raise InputError(f"layer {index}: {name} has {out} rows and the scale {scale}")
         for name in layer._fields[7:]:
             size = config.intermediate_size if name == "ffn_sub_norm" else hidden

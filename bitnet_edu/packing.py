@@ -1,10 +1,11 @@
-"""Ternary codes to bytes and back, in the three layouts that matter.
+"""Ternary codes to bytes and back, in the layouts that matter.
 
 | layout | bits a weight | who reads it |
 | --- | --- | --- |
 | `hf` | 2 | Hugging Face transformers, and this package's kernels |
 | `i2s` | 2 | bitnet.cpp (GGUF tensor type I2_S) |
-| `base3` | 1.6 | nobody yet: five trits in a byte, because 3**5 = 243 <= 256 |
+| `base3` | 1.6 | who wants to see it: five neighbours in a byte, because 3**5 = 243 <= 256 |
+| `base3_rows` | 1.6 | this package's kernels: five rows in a byte, as `hf` has four |
 """
 
 import numpy as np
@@ -90,3 +91,26 @@ def unpack_base3(packed: np.ndarray, columns: int) -> np.ndarray:
         raise ValueError("a byte over 242 found: five base-3 digits never make one")
     digits = packed[:, :, None] // POWERS_OF_3 % 3
     return digits.reshape(len(packed), -1)[:, :columns].astype(np.int8) - np.int8(1)
+
+
+def pack_base3_rows(codes: np.ndarray) -> np.ndarray:
+    """Pack int8[out, in] codes into uint8[ceil(out/5), in]: five base-3 digits a byte.
+
+    Byte row r holds the output rows r, r + R, ... r + 4 R, R = ceil(out/5), the first as the lowest
+    digit; a digit is code + 1, and rows that don't exist are filled with code 0.
+    """
+    codes = _as_codes(codes)
+    out, columns = codes.shape
+    digits = np.ones((-(-out // 5) * 5, columns), dtype=np.uint8)
+    digits[:out] = codes + 1
+    blocks = digits.reshape(5, -1, columns) * POWERS_OF_3[:, None, None]
+    return blocks.sum(axis=0, dtype=np.uint8)
+
+
+def unpack_base3_rows(packed: np.ndarray, out: int) -> np.ndarray:
+    """Undo `pack_base3_rows`: uint8[ceil(out/5), in] -> int8[out, in]. ValueError over 242."""
+    packed = np.asarray(packed, dtype=np.uint8)
+    if packed.size and packed.max() > 242:
+        raise ValueError("a byte over 242 found: five base-3 digits never make one")
+    digits = packed[None] // POWERS_OF_3[:, None, None] % 3
+    return digits.reshape(-1, packed.shape[1])[:out].astype(np.int8) - np.int8(1)

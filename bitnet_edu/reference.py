@@ -7,7 +7,6 @@ feed-forward network found, and the last norm and the head turn vectors into log
 import numpy as np
 
 from bitnet_edu.layers import Observer, attention, integer_matmul, rms_norm, rope, squared_relu
-from bitnet_edu.packing import unpack_hf
 from bitnet_edu.quantize import absmax_int8
 from bitnet_edu.weights import BitNetConfig, LayerWeights, TernaryMatrix, Weights
 
@@ -71,7 +70,7 @@ class BitNetReference:
 
 def bit_linear_packed(x: np.ndarray, matrix: TernaryMatrix, name: str, see: Observer) -> np.ndarray:
     """`layers.bit_linear` on packed weights, showing input, codes and integer sums to `see`."""
-    codes = unpack_hf(matrix.packed)
+    codes = matrix.codes()
     q, x_scale = absmax_int8(x)
     see(f"{name}.input", x)
     see(f"{name}.codes", codes)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bitnet_edu.packing import pack_hf, unpack_base3_rows, unpack_hf
+
 
 class BitNetConfig(NamedTuple):
     """The shape of a model, under the names of Hugging Face's config.json."""
@@ -57,10 +59,30 @@ BITNET_2B4T = BitNetConfig(
 
 
 class TernaryMatrix(NamedTuple):
-    """A weight matrix [out, in] of {-1, 0, +1} * scale, packed in Hugging Face's layout."""
+    """A weight matrix [out, in] of {-1, 0, +1} * scale, packed in Hugging Face's layout.
 
-    packed: np.ndarray  # uint8[out/4, in], possibly memory-mapped
+    Or, where base3_rows tells how many rows there are, in that of `packing.pack_base3_rows`.
+    """
+
+    packed: np.ndarray  # uint8[out/4, in] or uint8[ceil(out/5), in], possibly memory-mapped
     scale: np.float32  # multiplies, whatever the file says
+    base3_rows: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = self.packed.shape
+        return 4 * rows if self.base3_rows is None else self.base3_rows, columns
+
+    def codes(self) -> np.ndarray:
+        """int8[out, in]."""
+        if self.base3_rows is None:
+            return unpack_hf(self.packed)
+        return unpack_base3_rows(self.packed, self.base3_rows)
+
+    def in_two_bits(self) -> np.ndarray:
+        """The codes in Hugging Face's layout, uint8[out/4, in]."""
+        return self.packed if self.base3_rows is None else pack_hf(self.codes())
 
 
 class LayerWeights(NamedTuple):

@@ -42,7 +42,7 @@ def xray(weights: Weights) -> list[MatrixXray]:
     for index, layer in enumerate(weights.layers):
         for name, matrix in zip(layer._fields, layer, strict=True):
             if isinstance(matrix, TernaryMatrix):
-                counts = code_counts(matrix.packed)
+                counts = code_counts(matrix.in_two_bits())
                 zero_share = float(counts[1] / counts.sum())
                 row = (index, name, zero_share, entropy_bits(counts), float(matrix.scale))
                 rows.append(MatrixXray(*row))

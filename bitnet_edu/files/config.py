@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from bitnet_edu.errors import CheckpointError
 from bitnet_edu.weights import BitNetConfig
 
+BASE3 = "bitnet_base3"  # the quant_method of this package's own folders
 MOST_JSON = 2**27  # bytes: Llama 3's tokenizer.json, the largest of a model's, has 17 million
 # positions are counted in float32, which holds every whole number up to this one
 MOST_POSITIONS = 2**24
@@ -190,7 +191,9 @@ def _token_ids(raw: Mapping[str, Any], key: str, vocabulary: int, path: Path) ->
 
 
 def parse_scheme(raw: Mapping[str, Any], path: Path, ternarize: bool = False) -> str:
-    """How the weights are stored: packed with a scale to "multiply" or "divide" by, or "master"."""
+    """How the weights are stored: packed with a scale to "multiply" or "divide" by, in "base3" with
+    a scale that multiplies, or as "master" weights.
+    """
     quantization = raw.get("quantization_config")
     if quantization is None:
         if ternarize:
@@ -208,6 +211,8 @@ def parse_scheme(raw: Mapping[str, Any], path: Path, ternarize: bool = False) ->
             raise fault(path, f"quantization_config: {key}", f"one of {allowed}", repr(value))
         return value
 
+    if quantization.get("quant_method") == BASE3:
+        return "base3"
     if quantization.get("quant_method") != "bitnet":
         found = repr(quantization.get("quant_method"))
         raise fault(path, "quantization_config: quant_method", "'bitnet'", found)
@@ -228,8 +233,10 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def config_json(config: BitNetConfig, *, tied: bool, master: bool) -> dict[str, Any]:
-    """What transformers reads as config.json, without the dtype."""
+def config_json(config: BitNetConfig, *, tied: bool, scheme: str) -> dict[str, Any]:
+    """What transformers reads as config.json, without the dtype; of a base-3 folder it says that it
+    knows no such method. scheme: "multiply", "master" or "base3", as in `parse_scheme`.
+    """
     ends = list(config.eos_token_ids)
     return {
         "architectures": ["BitNetForCausalLM"],
@@ -239,8 +246,8 @@ def config_json(config: BitNetConfig, *, tied: bool, master: bool) -> dict[str, 
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "tie_word_embeddings": tied,
         "quantization_config": {
-            "quant_method": "bitnet",
+            "quant_method": BASE3 if scheme == "base3" else "bitnet",
             "linear_class": "autobitlinear",
-            "quantization_mode": "online" if master else "offline",
+            "quantization_mode": "online" if scheme == "master" else "offline",
         },
     }

@@ -1,4 +1,5 @@
-"""One model in three formats, each from each: Hugging Face packed, Hugging Face bf16, GGUF I2_S.
+"""One model in four formats, each from each: Hugging Face packed, Hugging Face bf16, GGUF I2_S, and
+this package's own base 3, a folder like the first with 1.6 bits a weight.
 
 What is kept exactly: every ternary code, every scale, the norms, the tokenizer. The embedding keeps
 its dtype in the Hugging Face formats and becomes float16 in GGUF.
@@ -19,7 +20,8 @@ from bitnet_edu.files.source import TINY, find_model, read_model
 from bitnet_edu.tokenizer import Tokenizer
 from bitnet_edu.weights import BITNET_2B4T, BitNetConfig, Weights, random_weights
 
-FORMATS = ("hf-packed", "hf-bf16", "gguf-i2s")
+FORMATS = ("hf-packed", "hf-bf16", "gguf-i2s", "base3")
+SCHEMES = {"hf-packed": "multiply", "hf-bf16": "master", "base3": "base3"}
 
 
 class Conversion(NamedTuple):
@@ -58,11 +60,15 @@ def convert(
         write_gguf(destination, config, weights, tokenizer, (folder and i2s_block) or 128)
         notes += writing_notes(weights, tokenizer)
     else:
-        master = to == "hf-bf16"
-        write_folder(destination, config, weights, tokenizer, tokenizer_from=folder, master=master)
+        scheme = SCHEMES[to]
+        write_folder(destination, config, weights, tokenizer, tokenizer_from=folder, scheme=scheme)
     if to == "hf-bf16":
         notes.append(
             "these master weights ternarize to the same model; they are not the training's"
+        )
+    if to == "base3":
+        notes.append(
+            "only this package reads base 3; `convert` makes the other formats of it again"
         )
     return Conversion(to, notes)
 

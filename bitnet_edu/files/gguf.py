@@ -35,7 +35,7 @@ from bitnet_edu.files.tensors import (
 )
 from bitnet_edu.kernels.bits import cached_jit
 from bitnet_edu.kernels.matmul import count_invalid
-from bitnet_edu.packing import pack_i2s, unpack_hf
+from bitnet_edu.packing import pack_i2s
 from bitnet_edu.tokenizer import BITNET_CHAT_TEMPLATE, Tokenizer
 from bitnet_edu.tokenizer_json import backend_of
 from bitnet_edu.weights import BitNetConfig, LayerWeights, TernaryMatrix, Weights
@@ -582,7 +582,7 @@ def writing_notes(weights: Weights, tokenizer: Tokenizer | None) -> list[str]:
 def _kind(array: np.ndarray | TernaryMatrix) -> tuple[int, tuple[int, ...]]:
     """ggml type and shape, rows first: matrices I2_S, vectors F32, the embedding F16."""
     if isinstance(array, TernaryMatrix):
-        return I2_S, (4 * len(array.packed), array.packed.shape[1])
+        return I2_S, array.shape
     return (0 if array.ndim == 1 else 1), array.shape
 
 
@@ -590,7 +590,7 @@ def _data(name: str, array: np.ndarray | TernaryMatrix, block: int) -> np.ndarra
     if isinstance(array, TernaryMatrix):
         tail = np.zeros(SCALE_BYTES, np.uint8)
         tail[:4] = np.array([array.scale], np.float32).view(np.uint8)
-        return np.concatenate([pack_i2s(unpack_hf(array.packed), block), tail])
+        return np.concatenate([pack_i2s(array.codes(), block), tail])
     with np.errstate(over="ignore"):
         data = array.astype(FLOATS[_type_name(_kind(array)[0])])
     if not np.isfinite(data).all():

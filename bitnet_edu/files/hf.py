@@ -5,6 +5,7 @@
 | autobitlinear, offline | uint8 packed (or ternary floats) | multiplies |
 | bitlinear | uint8 packed | divides |
 | autobitlinear, online | float master weights, ternarized on load | none |
+| bitnet_base3 (this package's own) | uint8, five rows a byte | multiplies |
 
 What cannot be right raises `CheckpointError`, which names file, tensor, expected and found.
 """
@@ -42,8 +43,9 @@ from bitnet_edu.files.tensors import (
     refuse_nonfinite,
     refuse_wide,
 )
-from bitnet_edu.kernels.matmul import count_invalid
-from bitnet_edu.packing import pack_hf, unpack_hf
+from bitnet_edu.kernels.matmul import base3_of, count_invalid
+from bitnet_edu.kernels.threads import default_threads
+from bitnet_edu.packing import pack_hf
 from bitnet_edu.quantize import absmean_ternary
 from bitnet_edu.tokenizer import Tokenizer
 from bitnet_edu.weights import BitNetConfig, LayerWeights, TernaryMatrix, Weights
@@ -226,15 +228,20 @@ def _read_matrix(tensors: Tensors, name: str, shape: tuple[int, int], scheme: st
     scale = tensors.take(f"{name}.weight_scale", (1,), FLOATS)
     with np.errstate(all="ignore"):
         number = scale.array().astype(np.float32)[0]
-        factor = number if scheme == "multiply" else np.float32(1) / number
+        factor = np.float32(1) / number if scheme == "divide" else number
     if not (0 < number < np.inf and 0 < factor < np.inf):
         raise fault(scale.file, f"{name}.weight_scale", "positive and finite", str(number))
     unpacked = weight in tensors.stored and tensors.stored[weight].kind in FLOATS
     if scheme == "multiply" and unpacked:
         return TernaryMatrix(_pack_floats(tensors, weight, shape), factor)
     rows, columns = shape
-    stored = tensors.take(weight, (rows // 4, columns), ("U8",))
+    base3 = scheme == "base3"
+    stored = tensors.take(weight, (-(-rows // 5) if base3 else rows // 4, columns), ("U8",))
     packed = stored.array()
+    if base3:
+        if packed.max() > 242:
+            raise fault(stored.file, weight, "bytes up to 242, five base-3 digits", "larger ones")
+        return TernaryMatrix(packed, factor, rows)
     if invalid := count_invalid(packed):
         found = f"11 in {invalid} byte(s)"
         raise fault(stored.file, weight, "pairs of bits 00, 01 or 10", found)
@@ -270,20 +277,21 @@ def write_folder(
     tokenizer: Tokenizer | None = None,
     *,
     tokenizer_from: Path | None = None,
-    master: bool = False,
+    scheme: str = "multiply",
 ) -> None:
-    """Write a new model folder: packed like Microsoft's, or as bf16 master weights. transformers
-    loads both. Its tokenizer is `tokenizer`, or the files of the folder `tokenizer_from` as they
-    are. Raises CheckpointError for a matrix that has no bf16 master weights, InputError if the
-    folder exists; either the whole of it gets there or nothing.
+    """Write a new model folder: packed like Microsoft's ("multiply"), as bf16 master weights
+    ("master"), or in this package's "base3". transformers loads the first two. The tokenizer is
+    `tokenizer`, or the files of the folder `tokenizer_from` as they are. Raises CheckpointError for
+    a matrix that has no bf16 master weights, InputError if the folder exists; either the whole of
+    it gets there or nothing.
     """
     if os.path.lexists(folder):
         raise InputError(f"{folder} exists already: remove it or choose another name")
-    tensors = file_tensors(weights, master=master)
+    tensors = file_tensors(weights, scheme)
     size = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors) + 2**24
     with all_or_nothing(folder, size) as new:
         new.mkdir()
-        raw = config_json(config, tied=weights.tied, master=master)
+        raw = config_json(config, tied=weights.tied, scheme=scheme)
         raw["dtype"] = max(tensors, key=lambda tensor: tensor.dtype.itemsize).dtype.name
         write_json(new / "config.json", raw)
         _write_tensors(new / SINGLE, tensors)
@@ -303,7 +311,7 @@ def _write_tensors(path: Path, tensors: list[Tensor]) -> None:
             file.write(data.reshape(-1).view(np.uint8))
 
 
-def file_tensors(weights: Weights, *, master: bool = False) -> list[Tensor]:
+def file_tensors(weights: Weights, scheme: str = "multiply") -> list[Tensor]:
     """What model.safetensors holds, in its order: wide dtypes first, then by name.
 
     All floats but the master weights are bfloat16 if that changes none of them (Microsoft's packed
@@ -311,9 +319,9 @@ def file_tensors(weights: Weights, *, master: bool = False) -> list[Tensor]:
     """
     floats = dict(_floats(weights))
     dtype = np.dtype(BF16 if all(map(_is_bf16, floats.values())) else np.float32)
-    tensors = list(_matrices(weights, master))
+    tensors = list(_matrices(weights, scheme))
     for name, array in floats.items():
-        if not (master and name.endswith("_scale")):
+        if not (scheme == "master" and name.endswith("_scale")):
             tensors.append(Tensor(name, dtype, array.shape, partial(array.astype, dtype)))
     return sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
 
@@ -354,22 +362,30 @@ def _is_bf16(array: np.ndarray) -> bool:
     )
 
 
-def _matrices(weights: Weights, master: bool) -> Iterator[Tensor]:
+def _matrices(weights: Weights, scheme: str) -> Iterator[Tensor]:
     for index, layer in enumerate(weights.layers):
         for field, name in MATRICES.items():
             matrix, name = getattr(layer, field), f"model.layers.{index}.{name}.weight"
-            rows, columns = matrix.packed.shape
-            if master:
+            rows, columns = matrix.shape
+            if scheme == "master":
                 make = partial(_master, name, matrix)
-                yield Tensor(name, np.dtype(BF16), (4 * rows, columns), make)
+                yield Tensor(name, np.dtype(BF16), (rows, columns), make)
+            elif scheme == "base3":
+                make = partial(_in_base3, matrix)
+                yield Tensor(name, np.dtype(np.uint8), (-(-rows // 5), columns), make)
             else:
-                make = partial(np.asarray, matrix.packed)
-                yield Tensor(name, np.dtype(np.uint8), (rows, columns), make)
+                yield Tensor(name, np.dtype(np.uint8), (rows // 4, columns), matrix.in_two_bits)
+
+
+def _in_base3(matrix: TernaryMatrix) -> np.ndarray:
+    if matrix.base3_rows is None:
+        return base3_of(matrix.packed, default_threads())
+    return matrix.packed
 
 
 def _master(name: str, matrix: TernaryMatrix) -> np.ndarray:
     try:
-        return master_weights(unpack_hf(matrix.packed), matrix.scale)
+        return master_weights(matrix.codes(), matrix.scale)
     except ValueError as error:
         raise CheckpointError(f"{name} cannot become bf16 master weights: {error}") from None
 

@@ -116,6 +116,22 @@ class _CacheFile(IndexDataCacheFile):
         return pickle.loads(content) if hashlib.sha256(content).digest() == checksum else None
 
 
+def cache_folder() -> Path | None:
+    """Where machine code is kept from one process to the next, if anywhere."""
+    cache = cached_jit(_nothing)._cache
+    return Path(cache._cache_path) if isinstance(cache, FunctionCache) else None
+
+
+def _nothing():
+    pass
+
+
+def cpu_identity() -> str:
+    """This processor and this version of the kernels, in some fifty characters."""
+    _, name, features = cpu_target.target_context.codegen().magic_tuple()
+    return f"{name} {hashlib.sha256((features + _sources()).encode()).hexdigest()[:16]}"
+
+
 @functools.cache
 def _sources() -> str:
     files = sorted(Path(__file__).parent.glob("*.py"))

@@ -35,18 +35,19 @@ from bitnet_edu.kernels.bits import (
 )
 from bitnet_edu.kernels.border import address, checked
 from bitnet_edu.kernels.matmul import count_nonfinite
-from bitnet_edu.kernels.simd import AHEAD, INT8, INT16, INT32, INT64, STEP, prefetch_line, sum_lanes
+from bitnet_edu.kernels.simd import INT8, INT16, INT32, INT64, STEP, prefetch_line, sum_lanes
 
 TOKENS = 4  # that share the loads of a row
 
 
 @jit
-def head_rows(head, number_bytes, scales, x, first, last, logits):
+def head_rows(head, number_bytes, scales, x, first, last, logits, ahead):
     """logits[t, r] = row r of the head . x[t] for first <= r < last and all tokens t.
 
     head: the address of [vocab, hidden] float32 (number_bytes 4), bfloat16 (2) or int8 (1), whose
     rows are multiplied with float32 `scales`; x: float32[T, hidden], logits: float32[T, vocab].
-    A logit's sum is added up in one order, however many tokens there are.
+    ahead: bytes that memory is asked for ahead of their use, or 0. A logit's sum is added up in one
+    order, however many tokens there are.
     """
     tokens, hidden = x.shape
     x_row, out_row = x.strides[0], logits.strides[0]
@@ -54,7 +55,8 @@ def head_rows(head, number_bytes, scales, x, first, last, logits):
         row, token = head + r * hidden * number_bytes, 0
         while token < tokens:
             tile = TOKENS if tokens - token >= TOKENS and number_bytes > 1 else 1
-            args = at(x[token:]), x_row, row, hidden // STEP * STEP, at(logits[token, r:]), out_row
+            whole, place = hidden // STEP * STEP, at(logits[token, r:])
+            args = at(x[token:]), x_row, row, whole, place, out_row, ahead
             if number_bytes == 1:
                 _int8_one(*args)
             elif number_bytes == 2:
@@ -96,8 +98,8 @@ def rest_of_row(row, number_bytes, x):
 def _dot(number_bytes: int, tokens: int):
     """Make an intrinsic: out[t] = x[t] . row for `tokens` tokens and n numbers, a multiple of STEP.
 
-    (x, x_row, row, n, out, out_row): addresses, x and out each followed by the bytes from token to
-    token. Like the loop that a compiler makes of this sum, but for the prefetch.
+    (x, x_row, row, n, out, out_row, ahead): addresses, x and out each followed by the bytes from
+    token to token. Like the loop that a compiler makes of this sum, but for the prefetch.
     """
 
     def load(builder, address):
@@ -114,7 +116,7 @@ def _dot(number_bytes: int, tokens: int):
         return builder.bitcast(shifted, FLOATS)
 
     def codegen(context, builder, signature, args):
-        x, x_row, row, n, out, out_row = args
+        x, x_row, row, n, out, out_row, ahead = args
         zero = ir.Constant(FLOATS, [0.0] * 16)
         sums = [
             [cgutils.alloca_once_value(builder, zero) for _ in range(STEP // 16)]
@@ -123,8 +125,10 @@ def _dot(number_bytes: int, tokens: int):
         with cgutils.for_range_slice(builder, INT64(0), n, INT64(STEP), INT64) as (i, _):
             place = builder.add(row, builder.mul(i, INT64(number_bytes)))
             if tokens == 1:  # else arithmetic is the limit
-                for line in range(0, STEP * number_bytes, 64):
-                    prefetch_line(builder, builder.add(place, INT64(AHEAD + line)))
+                with builder.if_then(builder.icmp_signed("!=", ahead, INT64(0))):
+                    far = builder.add(place, ahead)
+                    for line in range(0, STEP * number_bytes, 64):
+                        prefetch_line(builder, builder.add(far, INT64(line)))
             x_place = builder.add(x, builder.mul(i, INT64(4)))
             for j in range(STEP // 16):
                 b = load(builder, builder.add(place, INT64(16 * number_bytes * j)))
@@ -144,8 +148,8 @@ def _dot(number_bytes: int, tokens: int):
             builder.store(value, builder.inttoptr(place, ir.FloatType().as_pointer()), align=4)
         return context.get_dummy_value()
 
-    def typer(typingctx, x, x_row, row, n, out, out_row):
-        return types.void(*[types.int64] * 6), codegen
+    def typer(typingctx, x, x_row, row, n, out, out_row, ahead):
+        return types.void(*[types.int64] * 7), codegen
 
     return intrinsic(typer)
 
@@ -199,4 +203,4 @@ def norms(x: np.ndarray) -> np.ndarray:
 @cached_jit
 def exact_rows(head, number_bytes, scales, x, rows, logits):
     for r in rows:
-        head_rows(head, number_bytes, scales, x, r, r + 1, logits)
+        head_rows(head, number_bytes, scales, x, r, r + 1, logits, 0)

@@ -4,10 +4,17 @@ import ml_dtypes
 import numpy as np
 from numba import carray
 
-from bitnet_edu.errors import InputError
-from bitnet_edu.kernels.bits import cached_jit, pointer
+from bitnet_edu.errors import InputError, require_whole
+from bitnet_edu.kernels.bits import cached_jit, jit, pointer
 from bitnet_edu.kernels.border import address, checked
-from bitnet_edu.kernels.simd import MAX_COLUMNS, kernel_index, kernel_name, ternary_rows
+from bitnet_edu.kernels.simd import (
+    BASE3,
+    BITS2,
+    MAX_COLUMNS,
+    kernel_index,
+    kernel_name,
+    ternary_rows,
+)
 from bitnet_edu.kernels.threads import (
     checked_threads,
     chunk_count,
@@ -30,41 +37,98 @@ def ternary_matmul(
     q: np.ndarray,
     sums: np.ndarray | None = None,
     *,
+    base3_rows: int | None = None,
     threads: int | None = None,
     kernel: str | None = None,
+    ahead: int = 0,
 ) -> np.ndarray:
-    """sums[t, o] = sum over i of w[o, i] * q[t, i], exactly, for w in Hugging Face's packed layout.
+    """sums[t, o] = sum over i of w[o, i] * q[t, i], exactly, for packed ternary weights.
 
-    packed: uint8[out/4, in] of any alignment, q: int8[T, in], in < 2**17. Returns int32[T, out]
-    (`sums`, where given, overwritten). kernel: a name in `simd.KERNELS` (default: `kernel_name()`).
+    packed: uint8[out/4, in] of any alignment, Hugging Face's layout; or, where base3_rows gives
+    `out`, uint8[ceil(out/5), in], that of `packing.pack_base3_rows`. q: int8[T, in], in < 2**17.
+    Returns int32[T, out] (`sums`, where given, overwritten). kernel: a name in `simd.KERNELS`
+    (default: `kernel_name()`). ahead: bytes that memory is asked for ahead of their use, or 0.
     InputError for arrays that don't fit, or are not in one piece.
     """
     weights = address(packed, np.uint8, (None, None), "packed weights")
     rows, columns = packed.shape
+    outputs = 4 * rows
+    if base3_rows is not None:
+        outputs = require_whole(base3_rows, 5 * rows - 4, 5 * rows, "the rows of base-3 weights")
     checked(q, np.int8, (None, columns), "activations")
     if columns > MAX_COLUMNS:
         raise InputError(f"{columns} columns: the kernels are exact up to {MAX_COLUMNS}")
-    sums = np.empty((len(q), 4 * rows), np.int32) if sums is None else sums
-    checked(sums, np.int32, (len(q), 4 * rows), "sums", writable=True)
+    sums = np.empty((len(q), outputs), np.int32) if sums is None else sums
+    checked(sums, np.int32, (len(q), outputs), "sums", writable=True)
     if any(np.may_share_memory(sums, array) for array in (packed, q)):
         raise InputError("sums must not lie in the memory of the weights or activations")
     index = kernel_index(kernel or kernel_name())
     threads = default_threads() if threads is None else checked_threads(threads)
+    ahead = require_whole(ahead, 0, 2**20, "ahead")
     q_sums = q.sum(axis=1, dtype=np.int32)
-    run(_matmul, (index, weights, rows, columns, q, q_sums, sums, threads), threads)
+    packing = BITS2 if base3_rows is None else BASE3
+    matrix = packing, weights, rows, columns, outputs
+    run(_matmul, (index, *matrix, q, q_sums, sums, ahead, threads), threads)
     return sums
 
 
 @cached_jit
-def _matmul(kernel, weights, rows, columns, q, q_sums, sums, threads, thread, counters):
+def _matmul(
+    kernel, packing, weights, rows, columns, outputs, q, q_sums, sums, ahead, threads, thread,
+    counters,
+):  # fmt: skip
     chunks = chunk_count(rows * columns, threads)
     chunk = take(counters)
     while chunk < chunks:
         first, last = chunk * rows // chunks, (chunk + 1) * rows // chunks
-        ternary_rows(kernel, weights, rows, columns, first, last, q, q_sums, len(q), sums)
+        ternary_rows(
+            kernel, packing, weights, rows, columns, outputs, first, last, q, q_sums, len(q), sums,
+            ahead,
+        )  # fmt: skip
         finish(counters)
         chunk = take(counters)
     wait_for(counters, chunks)
+
+
+def base3_of(packed: np.ndarray, threads: int) -> np.ndarray:
+    """uint8[rows, in] of Hugging Face's layout -> uint8[ceil(4 * rows / 5), in], packed anew.
+
+    The result is that of `packing.pack_base3_rows`. InputError for an array that doesn't fit.
+    """
+    source = address(packed, np.uint8, (None, None), "packed weights")
+    rows, columns = packed.shape
+    out = np.empty((-(-4 * rows // 5), columns), np.uint8)
+    place = address(out, np.uint8, out.shape, "base-3 weights")
+    run(_to_base3, (source, rows, columns, place, len(out), checked_threads(threads)), threads)
+    return out
+
+
+@cached_jit
+def _to_base3(source, rows, columns, place, out_rows, threads, thread, counters):
+    chunks = chunk_count(out_rows * columns, threads)
+    chunk = take(counters)
+    packed = carray(pointer(source, np.uint8), (rows, columns))
+    out = carray(pointer(place, np.uint8), (out_rows, columns))
+    while chunk < chunks:
+        for r in range(chunk * out_rows // chunks, (chunk + 1) * out_rows // chunks):
+            out[r] = 0
+            power = np.uint8(1)
+            for k in range(5):
+                row = r + k * out_rows
+                if row < 4 * rows:
+                    _add_digits(packed[row % rows], row // rows * 2, power, out[r])
+                else:
+                    out[r] += power  # code 0
+                power *= np.uint8(3)
+        finish(counters)
+        chunk = take(counters)
+    wait_for(counters, chunks)
+
+
+@jit
+def _add_digits(packed, shift, power, out):
+    for c in range(len(out)):
+        out[c] += np.uint8(packed[c] >> np.uint8(shift) & np.uint8(3)) * power
 
 
 def count_invalid(packed: np.ndarray) -> int:

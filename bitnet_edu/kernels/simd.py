@@ -1,20 +1,26 @@
 """The production kernel: packed ternary weights times int8 activations, at the speed of memory.
 
-Read it with chapter 7. In Hugging Face's layout a byte holds four weights of the *same column* and
-of four different rows, so 64 bytes of weights need 64 activations, loaded once for four rows:
+Read it with chapters 7 and 8. In Hugging Face's layout a byte holds four weights of the *same
+column* and of four different rows, so 64 bytes of weights need 64 activations, loaded once for
+four rows:
 
-    codes_k = weights & (3 << 2k)                     k = 0..3: no shift, the sum is shifted instead
+    codes_k = weights & (3 << 2k)                     k = 0..3: no shift, the sum is divided instead
     sums_k += codes_k . activations                   one vpdpbusd: 64 products, added in fours
-    out_k   = (sum of sums_k >> 2k) - sum(activations)    codes are w + 1
+    out_k   = (sum of sums_k) / 4**k - sum(activations)    codes are w + 1
+
+In base 3 a byte holds five, b = 81 t4 + 27 t3 + 9 t2 + 3 t1 + t0 (`packing.pack_base3_rows`), and
+its digits come out from the top: if b < 81, then b - 81 wraps around and is the larger of the two,
+so two times min(b, b - 81), in unsigned bytes, leave b mod 81, and what was taken is 81 t4.
 
 Everything is exact in int32 below 2**17 columns: |128 * 128 * columns| < 2**31, where 128 is both
 the largest masked code (2 << 6) and the largest activation.
 
-Numba has no vector type, so `_dot_tile` writes LLVM's vector code itself: a Python loop there is
+Numba has no vector type, so `_row` writes LLVM's vector code itself: a Python loop there is
 unrolled machine code here. `KERNELS` lists what a CPU must offer; "portable" asks for nothing and
-compiles to whatever vectors the machine has (NEON on Arm).
+compiles to whatever vectors the machine has.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,7 +36,7 @@ from bitnet_edu.kernels.bits import at, cpu_features, jit, pointer
 
 MAX_COLUMNS = 2**17 - 1
 BLOCK_BYTES = 49152  # of weights that stay in the caches while all tokens are multiplied with them
-AHEAD = 8192  # bytes that memory is asked for ahead of their use
+AHEAD = 8192  # bytes that memory may be asked for ahead of their use: tuning.py tries it
 STEP = 64  # columns per turn of the loop, and what a row of activations is best padded to
 INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 
@@ -58,6 +64,12 @@ def _dot_vnni(builder: ir.IRBuilder, sums: ir.Value, codes: ir.Value, x: ir.Valu
     return _call(builder, "llvm.x86.avx512.vpdpbusd.512", sums.type, sums, codes, x)
 
 
+def _dot_avxvnni(builder: ir.IRBuilder, sums: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
+    """The same on 32 bytes, which many CPUs have that lack AVX-512."""
+    codes, x = (builder.bitcast(v, sums.type) for v in (codes, x))
+    return _call(builder, "llvm.x86.avx512.vpdpbusd.256", sums.type, sums, codes, x)
+
+
 def _dot_avx2(builder: ir.IRBuilder, sums: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
     """Pairs into int16 (2 * 128 * 128 just fits, for it is always negative), then into int32."""
     pairs = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", _vector(INT16, 16), codes, x)
@@ -80,25 +92,29 @@ def _dot_sdot(builder: ir.IRBuilder, sums: ir.Value, codes: ir.Value, x: ir.Valu
 class Kernel(NamedTuple):
     """An instruction set: the CPU features it needs and the shape of its unrolled code."""
 
-    features: tuple[str, ...]
+    features: tuple[tuple[str, ...], ...]  # all of one of these
     width: int  # bytes in a vector
     sums: int  # int32 sums in a vector
     tokens: int  # tokens that share decoded weights in prefill: as many as the registers hold
     dot: Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value], ir.Value]
     signed: bool = False  # takes codes up to 127 only, so that 2 << 6 = 128 must be avoided
+    matrix: bool = False  # in prefill, multiplies two rows with two tokens at once
 
 
 KERNELS = {
-    "vnni": Kernel(("avx512vnni", "avx512bw"), 64, 16, 4, _dot_vnni),
-    "avx2": Kernel(("avx2",), 32, 8, 2, _dot_avx2),
-    "sdot": Kernel(("dotprod",), 16, 4, 4, _dot_sdot, signed=True),
-    "portable": Kernel((), 16, 16, 2, _dot_portable),
+    "vnni": Kernel((("avx512vnni", "avx512bw"),), 64, 16, 4, _dot_vnni),
+    "avxvnni": Kernel((("avxvnni",), ("avx512vnni", "avx512vl")), 32, 8, 3, _dot_avxvnni),
+    "avx2": Kernel((("avx2",),), 32, 8, 2, _dot_avx2),
+    "i8mm": Kernel((("dotprod", "i8mm"),), 16, 4, 4, _dot_sdot, signed=True, matrix=True),
+    "sdot": Kernel((("dotprod",),), 16, 4, 4, _dot_sdot, signed=True),
+    "portable": Kernel(((),), 16, 16, 2, _dot_portable),
 }
 
 
 def supported_kernels() -> tuple[str, ...]:
     """The names in `KERNELS` that this CPU can run, fastest first."""
-    return tuple(name for name, k in KERNELS.items() if cpu_features().issuperset(k.features))
+    have = cpu_features()
+    return tuple(name for name, k in KERNELS.items() if any(map(have.issuperset, k.features)))
 
 
 def kernel_name() -> str:
@@ -118,69 +134,135 @@ def kernel_index(name: str) -> int:
     return list(KERNELS).index(name)
 
 
+# --- From a vector of packed bytes to vectors of codes ----------------------------------------
+
+
+def _two_bits(builder: ir.IRBuilder, kernel: Kernel, w: ir.Value) -> list[tuple[ir.Value, int]]:
+    """Four vectors of codes, each with what their sums must be divided by."""
+    parts = [(builder.and_(w, _splat(w.type, 3 << 2 * k)), 4**k) for k in range(4)]
+    if kernel.signed:
+        shifted = builder.lshr(w, _splat(w.type, 2))
+        parts[3] = builder.and_(shifted, _splat(w.type, 3 << 4)), 4**2
+    return parts
+
+
+def _base3(builder: ir.IRBuilder, kernel: Kernel, w: ir.Value) -> list[tuple[ir.Value, int]]:
+    """Five vectors of codes. Of the top digit, 81 = 0b01010001 and 162 = 0b10100010 end in it."""
+    rest, top = _take_digit(builder, w, 81)
+    top = builder.and_(top, _splat(w.type, 3)), 1
+    if kernel.width == 64 and "avx512vbmi" in cpu_features():
+        first, second = (ir.Constant(w.type, list(half)) for half in (TWO_BITS[:64], TWO_BITS[64:]))
+        name = "llvm.x86.avx512.vpermi2var.qi.512"
+        return [*_two_bits(builder, kernel, _call(builder, name, w.type, first, rest, second)), top]
+    digits = []
+    for power in (27, 9, 3):
+        rest, digit = _take_digit(builder, rest, power)
+        digits.append((digit, power))
+    return [(rest, 1), *reversed(digits), top]
+
+
+def _take_digit(builder: ir.IRBuilder, value: ir.Value, power: int) -> tuple[ir.Value, ir.Value]:
+    """(value mod power, the digit times power), for bytes below 3 * power."""
+    rest = value
+    for _ in range(2):
+        less = builder.sub(rest, _splat(value.type, power))
+        rest = _call(builder, f"llvm.umin.v{value.type.count}i8", value.type, rest, less)
+    return rest, builder.sub(value, rest)
+
+
+# entry r < 81: the four low base-3 digits of r, as the two bits of a 2-bit byte
+TWO_BITS = [sum(r // 3**k % 3 << 2 * k for k in range(4)) for r in range(81)] + [0] * 47
+PACKINGS = {"2bit": _two_bits, "base3": _base3}
+BITS2, BASE3 = range(len(PACKINGS))
+
+
 # --- The unrolled loop -------------------------------------------------------------------------
 
 
-def _dot_tile(name: str, tokens: int):
-    """Make an intrinsic: one byte row of weights (four output rows) times `tokens` tokens.
+@intrinsic
+def _multiply_row(
+    typingctx, kernel, packing, tile, weights, x, x_stride, steps, x_sums, ahead,
+    out, out_token, out_row, outputs,
+):  # fmt: skip
+    """One byte row of weights, which is four or five output rows, times `tile` tokens.
 
-    (weights, x, x_stride, steps, x_sums, out, out_token, out_row): addresses of uint8[64 * steps],
-    of `tokens` rows of int8 that lie x_stride apart, and of int32[tokens] sums of these rows;
-    writes int32 at out + 4 * (token * out_token + k * out_row). On a CPU that lacks the
-    instructions it compiles to nothing; `kernel_index` keeps such a kernel from being called.
+    tile: 1, or the kernel's `tokens`. weights, x, x_sums, out: addresses of uint8[64 * steps], of
+    `tile` rows of int8 that lie x_stride apart, of int32[tile] sums of these rows; writes int32 at
+    out + 4 * (token * out_token + k * out_row) for each k * out_row < outputs. ahead: bytes that
+    memory is asked for ahead of their use, or 0.
     """
-    kernel = KERNELS[name]
 
     def codegen(context, builder, signature, args):
-        if name not in supported_kernels():
-            return context.get_dummy_value()
-        weights, x, x_stride, steps, x_sums, out, out_token, out_row = args
-        bytes_, sums = _vector(INT8, kernel.width), _vector(INT32, kernel.sums)
-
-        def load(address, type_):  # align=1: a memory-mapped tensor may start anywhere
-            return builder.load(builder.inttoptr(address, type_.as_pointer()), align=1)
-
-        zero = _splat(sums, 0)
-        accumulators = [
-            [cgutils.alloca_once_value(builder, zero) for _ in range(4)] for _ in range(tokens)
-        ]
-        with cgutils.for_range(builder, steps, intp=INT64) as loop:
-            if tokens == 1:  # else arithmetic is the limit
-                ahead = builder.add(builder.mul(loop.index, INT64(STEP)), INT64(AHEAD))
-                prefetch_line(builder, builder.add(weights, ahead))
-            for part in range(0, STEP, kernel.width):
-                column = builder.add(builder.mul(loop.index, INT64(STEP)), INT64(part))
-                w = load(builder.add(weights, column), bytes_)
-                codes = [builder.and_(w, _splat(bytes_, 3 << 2 * k)) for k in range(4)]
-                if kernel.signed:
-                    codes[3] = builder.and_(
-                        builder.lshr(w, _splat(bytes_, 2)), _splat(bytes_, 3 << 4)
-                    )
-                for token in range(tokens):
-                    row = builder.add(x, builder.mul(x_stride, INT64(token)))
-                    activations = load(builder.add(row, column), bytes_)
-                    for accumulator, code in zip(accumulators[token], codes, strict=True):
-                        value = kernel.dot(builder, builder.load(accumulator), code, activations)
-                        builder.store(value, accumulator)
-
-        four = _vector(INT32, 4)
-        for token in range(tokens):
-            total = sum_lanes(builder, [builder.load(a) for a in accumulators[token]])
-            shifts = [0, 2, 4, 4 if kernel.signed else 6]
-            total = builder.ashr(total, ir.Constant(four, shifts))
-            x_sum = load(builder.add(x_sums, INT64(4 * token)), INT32)
-            for k in range(4):
-                value = builder.sub(builder.extract_element(total, INT32(k)), x_sum)
-                index = builder.mul(out_token, INT64(token))
-                index = builder.add(index, builder.mul(out_row, INT64(k)))
-                address = builder.add(out, builder.mul(index, INT64(4)))
-                builder.store(value, builder.inttoptr(address, INT32.as_pointer()), align=4)
+        chosen, packing, tile, *args = args
+        number = builder.add(builder.mul(chosen, INT64(len(PACKINGS))), packing)
+        many = builder.zext(builder.icmp_signed(">", tile, INT64(1)), INT64)
+        number = builder.add(builder.mul(number, INT64(2)), many)
+        done = builder.append_basic_block("done")
+        switch = builder.switch(number, done)
+        case = 0
+        for name, kernel in KERNELS.items():
+            for decode in PACKINGS.values():
+                for tokens in (1, kernel.tokens):
+                    if name in supported_kernels():
+                        block = builder.append_basic_block(name)
+                        switch.add_case(INT64(case), block)
+                        builder.position_at_end(block)
+                        _row(builder, kernel, decode, tokens, *args)
+                        builder.branch(done)
+                    case += 1
+        builder.position_at_end(done)
         return context.get_dummy_value()
 
-    def typer(typingctx, weights, x, x_stride, steps, x_sums, out, out_token, out_row):
-        return types.void(*[types.int64] * 8), codegen
+    return types.void(*[types.int64] * 13), codegen
 
-    return intrinsic(typer)
+
+def _row(
+    builder, kernel, decode, tokens, weights, x, x_stride, steps, x_sums, ahead,
+    out, out_token, out_row, outputs,
+):  # fmt: skip
+    """Write the code of `_multiply_row` for one kernel, packing and number of tokens."""
+    bytes_, zero = _vector(INT8, kernel.width), _splat(_vector(INT32, kernel.sums), 0)
+
+    def load(address, type_):  # align=1: a memory-mapped tensor may start anywhere
+        return builder.load(builder.inttoptr(address, type_.as_pointer()), align=1)
+
+    digits = 4 if decode is _two_bits else 5
+    sums = [
+        [cgutils.alloca_once_value(builder, zero) for _ in range(digits)] for _ in range(tokens)
+    ]
+    with cgutils.for_range(builder, steps, intp=INT64) as loop:
+        first = builder.mul(loop.index, INT64(STEP))
+        if tokens == 1:  # else arithmetic is the limit
+            with builder.if_then(builder.icmp_signed("!=", ahead, INT64(0))):
+                prefetch_line(builder, builder.add(weights, builder.add(first, ahead)))
+        for part in range(0, STEP, kernel.width):
+            column = builder.add(first, INT64(part))
+            codes = decode(builder, kernel, load(builder.add(weights, column), bytes_))
+            for token in range(tokens):
+                row = builder.add(x, builder.mul(x_stride, INT64(token)))
+                activations = load(builder.add(row, column), bytes_)
+                for sum_, (code, _) in zip(sums[token], codes, strict=True):
+                    builder.store(kernel.dot(builder, builder.load(sum_), code, activations), sum_)
+
+    divisors = [divisor for _, divisor in codes]
+    places = [(token, k) for token in range(tokens) for k in range(digits)]
+    while places:
+        # as many at once as make a power of two, and fit a vector
+        some = places[: min(kernel.sums, 1 << len(places).bit_length() - 1)]
+        places = places[len(some) :]
+        total = sum_lanes(builder, [builder.load(sums[token][k]) for token, k in some])
+        divisor = ir.Constant(total.type, [divisors[k] for _, k in some])
+        total = builder.sdiv(total, divisor, flags=("exact",))
+        for lane, (token, k) in enumerate(some):
+            x_sum = load(builder.add(x_sums, INT64(4 * token)), INT32)
+            value = builder.sub(builder.extract_element(total, INT32(lane)), x_sum)
+            row = builder.mul(out_row, INT64(k))
+            index = builder.add(builder.mul(out_token, INT64(token)), row)
+            address = builder.add(out, builder.mul(index, INT64(4)))
+            # of the last block, some rows may not exist
+            exists = builder.icmp_signed("<", row, outputs)
+            with builder.if_then(exists) if k == 4 else contextlib.nullcontext():
+                builder.store(value, builder.inttoptr(address, INT32.as_pointer()), align=4)
 
 
 def prefetch_line(builder: ir.IRBuilder, address: ir.Value) -> None:
@@ -225,66 +307,51 @@ def sum_lanes(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
     return vectors[0]
 
 
-VNNI, AVX2, SDOT, PORTABLE = range(len(KERNELS))
 NO_KERNEL = -1  # multiplies nothing: benchmark.py measures what is left
 _TOKENS = tuple(kernel.tokens for kernel in KERNELS.values())
-_vnni_one, _vnni_tile = _dot_tile("vnni", 1), _dot_tile("vnni", _TOKENS[VNNI])
-_avx2_one, _avx2_tile = _dot_tile("avx2", 1), _dot_tile("avx2", _TOKENS[AVX2])
-_sdot_one, _sdot_tile = _dot_tile("sdot", 1), _dot_tile("sdot", _TOKENS[SDOT])
-_portable_one, _portable_tile = _dot_tile("portable", 1), _dot_tile("portable", _TOKENS[PORTABLE])
 
 
 @jit
-def ternary_rows(kernel, weights, rows, columns, first, last, x, x_sums, tokens, out):
+def ternary_rows(
+    kernel, packing, weights, rows, columns, outputs, first, last, x, x_sums, tokens, out, ahead
+):
     """out[t, r + k * rows] = sum over c of w[r + k * rows, c] * x[t, c], exactly.
 
-    For the byte rows first <= r < last, k = 0..3 and t < tokens. weights: the address of
-    uint8[rows, columns], x: int8[>= tokens, >= columns], x_sums: int32[>= tokens], the sum of each
-    row of x, out: int32[>= tokens, >= 4 * rows], kernel: an index into `KERNELS`.
+    For the byte rows first <= r < last, t < tokens and all k with r + k * rows < outputs. weights:
+    the address of uint8[rows, columns], packed as `packing`, an index into `PACKINGS`, says; x:
+    int8[>= tokens, >= columns], x_sums: int32[>= tokens], the sum of each row of x, out:
+    int32[>= tokens, >= outputs], kernel: an index into `KERNELS`, ahead: as in `_multiply_row`.
     """
+    if kernel == NO_KERNEL:
+        return
+    steps, x_row, out_row = columns // STEP, x.strides[0], out.strides[0] // 4
     block = rows if tokens == 1 else max(1, BLOCK_BYTES // columns)
     for begin in range(first, last, block):
         end = min(begin + block, last)
         token = 0
         while token < tokens:
-            tile = _TOKENS[max(kernel, 0)]
-            if tokens - token < tile:
-                tile = 1
-            _multiply_tile(kernel, weights, rows, columns, begin, end, x, x_sums, token, tile, out)
+            tile = _TOKENS[kernel] if tokens - token >= _TOKENS[kernel] else 1
+            x_at, sums_at, out_at = at(x[token:]), at(x_sums[token:]), at(out[token])
+            for r in range(begin, end):
+                row, place = weights + r * columns, out_at + 4 * r
+                _multiply_row(
+                    kernel, packing, tile, row, x_at, x_row, steps, sums_at, ahead,
+                    place, out_row, rows, outputs - r,
+                )  # fmt: skip
+                if STEP * steps < columns:
+                    _rest_of_row(packing, row, rows, columns, outputs, r, x, token, tile, out)
             token += tile
 
 
 @jit
-def _multiply_tile(kernel, weights, rows, columns, begin, end, x, x_sums, token, tile, out):
-    """Byte rows begin..end for `tile` tokens, which is 1 or what this kernel takes at a time."""
-    steps, x_row, out_row = columns // STEP, x.strides[0], out.strides[0] // 4
-    x_at, sums_at, out_at = at(x[token:]), at(x_sums[token:]), at(out[token])
-    for r in range(begin, end):
-        row = weights + r * columns
-        args = row, x_at, x_row, steps, sums_at, out_at + 4 * r, out_row, rows
-        if kernel == VNNI:
-            if tile > 1:
-                _vnni_tile(*args)
-            else:
-                _vnni_one(*args)
-        elif kernel == AVX2:
-            if tile > 1:
-                _avx2_tile(*args)
-            else:
-                _avx2_one(*args)
-        elif kernel == SDOT:
-            if tile > 1:
-                _sdot_tile(*args)
-            else:
-                _sdot_one(*args)
-        elif kernel == PORTABLE:
-            if tile > 1:
-                _portable_tile(*args)
-            else:
-                _portable_one(*args)
-        tail = carray(pointer(row, np.uint8), columns)
-        for c in range(STEP * steps, columns):  # the last columns, fewer than 64
-            byte = np.int32(tail[c])
-            for t in range(token, token + tile):
-                for k in range(4):
-                    out[t, r + k * rows] += (byte >> 2 * k & 3) * x[t, c]
+def _rest_of_row(packing, row, rows, columns, outputs, r, x, token, tile, out):
+    """The last columns, fewer than 64, of a byte row."""
+    packed = carray(pointer(row, np.uint8), columns)
+    for c in range(columns // STEP * STEP, columns):
+        byte = np.int32(packed[c])
+        for k in range(4 if packing == BITS2 else 5):
+            code = byte & 3 if packing == BITS2 else byte % 3
+            byte = byte >> 2 if packing == BITS2 else byte // 3
+            if r + k * rows < outputs:
+                for t in range(token, token + tile):
+                    out[t, r + k * rows] += code * x[t, c]

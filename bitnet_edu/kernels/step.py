@@ -49,10 +49,12 @@ class Shape(NamedTuple):
 class Table(NamedTuple):
     """The weights: matrices as addresses, for they may be memory-mapped; the rest as arrays."""
 
+    packing: int  # an index into simd.PACKINGS
     matrices: np.ndarray  # int64[layers, 7] addresses of packed bytes
     scales: np.ndarray  # float32[layers, 7]
     rows: np.ndarray  # int64[7] byte rows
     columns: np.ndarray  # int64[7]
+    outputs: np.ndarray  # int64[7] output rows
     offsets: np.ndarray  # int64[7] where a matrix's sums begin among those of its stage
     input_norm: np.ndarray  # float32[layers + 1, hidden]; the last row is the model's last norm
     middle_norm: np.ndarray  # float32[layers, hidden]
@@ -61,6 +63,8 @@ class Table(NamedTuple):
     head: int  # address of [vocab, hidden], in the dtype that head_bytes tells
     head_bytes: int  # 4: float32, 2: bfloat16, 1: int8 times head_scales
     head_scales: np.ndarray  # float32[vocab] or [0]
+    ahead: int  # bytes of weights that memory is asked for ahead of their use, or 0
+    head_ahead: int  # the same for the head
 
 
 class Work(NamedTuple):
@@ -130,7 +134,8 @@ def step(
             elif stage > STAGES * shape.layers:
                 x = work.normed[tokens - len(logits) : tokens, : shape.hidden]
                 scales = table.head_scales
-                head_rows(table.head, table.head_bytes, scales, x, row, end_row, logits)
+                ahead = table.head_ahead
+                head_rows(table.head, table.head_bytes, scales, x, row, end_row, logits, ahead)
             else:
                 pointwise(stage, index, shape, table, cache, work, start, spans)
             finish(counters)
@@ -157,15 +162,13 @@ def stage_matrices(kind):
 def multiply(layer, first, last, row, end_row, table, work, tokens, kernel):
     """Byte rows row..end_row of a stage's matrices, counted through, for all tokens."""
     for m in range(first, last):
-        rows, weights, out = (
-            table.rows[m],
-            table.matrices[layer, m],
-            work.sums[:, table.offsets[m] :],
-        )
+        rows, out = table.rows[m], work.sums[:, table.offsets[m] :]
         begin, end = max(row, 0), min(end_row, rows)
-        x, x_sums, columns = work.q, work.q_sum, table.columns[m]
         if begin < end:
-            ternary_rows(kernel, weights, rows, columns, begin, end, x, x_sums, tokens, out)
+            ternary_rows(
+                kernel, table.packing, table.matrices[layer, m], rows, table.columns[m],
+                table.outputs[m], begin, end, work.q, work.q_sum, tokens, out, table.ahead,
+            )  # fmt: skip
         row, end_row = row - rows, end_row - rows
 
 

@@ -13,7 +13,6 @@ import numpy as np
 from bitnet_edu.errors import BitNetError, InputError
 from bitnet_edu.files.hf import MATRICES
 from bitnet_edu.files.source import find_model
-from bitnet_edu.packing import unpack_hf
 from bitnet_edu.proof.replay import BOUND, Trace
 from bitnet_edu.system import peak_memory
 from bitnet_edu.weights import Weights
@@ -152,8 +151,8 @@ def compare_weights(model: "BitNetForCausalLM", weights: Weights, trace: Trace) 
     differ = []
     for index, (layer, ours) in enumerate(zip(model.model.layers, weights.layers, strict=True)):
         for name, path in MATRICES.items():
-            packed, scale = getattr(ours, name)
-            codes = unpack_hf(packed)
+            matrix = getattr(ours, name)
+            codes, scale = matrix.codes(), matrix.scale
             theirs, their_scale, unrounded = _their_codes(layer.get_submodule(path))
             flips = codes != theirs
             if flips.any():

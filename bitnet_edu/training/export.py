@@ -59,7 +59,7 @@ def export(model: BitNetForTraining, tokenizer: Tokenizer, folder: Path) -> None
     with all_or_nothing(folder) as new:
         new.mkdir()
         (new / "model.safetensors").write_bytes(save(packed_state(model), {"format": "pt"}))
-        about = config_json(config, tied=True, master=False) | {"dtype": "bfloat16"}
+        about = config_json(config, tied=True, scheme="multiply") | {"dtype": "bfloat16"}
         write_json(new / "config.json", about)
         length = shape.max_position_embeddings
         write_json(new / "generation_config.json", generation_config_json(tokenizer, length))

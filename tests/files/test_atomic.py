@@ -123,7 +123,7 @@ def test_writers_refuse_without_leaving_anything(tmp_path):
     )
     layers = (weights.layers[0]._replace(up_proj=zero), *weights.layers[1:])
     with pytest.raises(CheckpointError, match="master"):
-        write_folder(tmp_path / "b", SHAPE, weights._replace(layers=layers), master=True)
+        write_folder(tmp_path / "b", SHAPE, weights._replace(layers=layers), scheme="master")
     assert names(tmp_path) == []
     (tmp_path / "c").mkdir()
     with pytest.raises(InputError, match="exists already"):

@@ -336,7 +336,7 @@ def test_master_weights_are_never_all_in_memory(tmp_path):
     shape = BITNET_2B4T._replace(vocab_size=64, num_hidden_layers=12, hidden_size=512)
     shape = shape._replace(num_attention_heads=4, num_key_value_heads=4, intermediate_size=2048)
     shape = shape._replace(bos_token_id=None, eos_token_ids=())
-    write_folder(tmp_path / "model", shape, random_weights(shape), master=True)
+    write_folder(tmp_path / "model", shape, random_weights(shape), scheme="master")
     size = (tmp_path / "model" / "model.safetensors").stat().st_size
     run = [sys.executable, "-c", LOAD, str(tmp_path / "model")]
     grown = int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
