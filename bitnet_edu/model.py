@@ -57,7 +57,8 @@ class Settings:
     threads: 1 to 256 (default: the physical cores). kernel: a name in `kernels.simd.KERNELS`
     (default: the fastest that this CPU runs). packing: of the ternary weights while they are worked
     with, "2bit", "base3", or "auto": what is faster here (see `kernels/tuning.py`). cache_dtype: of
-    a new KV cache, float32 or float16. screen: None, or how many best logits `forward` keeps exact (see `kernels/head.py`).
+    a new KV cache, float32 or float16. screen: None, or how many best logits `forward` keeps exact
+    (see `kernels/head.py`).
     Raises InputError.
     """
 

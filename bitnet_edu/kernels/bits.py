@@ -138,20 +138,26 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _has_dot_product() -> bool:
-    """Whether this is an Arm with `sdot` and `udot`, which LLVM doesn't report on every system."""
-    if platform.machine() not in ("aarch64", "arm64"):
-        return False
+# feature of an Arm for LLVM, which doesn't see it everywhere: macOS's name, Linux's entry and bit
+ARM_FEATURES = {"dotprod": ("FEAT_DotProd", 16, 20), "i8mm": ("FEAT_I8MM", 26, 13)}
+
+
+def _arm_features() -> list[str]:
+    """Those of `ARM_FEATURES` that this machine has, by its system's word."""
+    if platform.machine() not in ("aarch64", "arm64") or sys.platform not in ("darwin", "linux"):
+        return []
+    return [name for name, places in ARM_FEATURES.items() if _system_has(*places)]
+
+
+def _system_has(mac_name: str, entry: int, bit: int) -> bool:
     system = ctypes.CDLL(None)
     if sys.platform == "darwin":
         found, size = ctypes.c_int(0), ctypes.c_size_t(4)
-        name = b"hw.optional.arm.FEAT_DotProd"
+        name = f"hw.optional.arm.{mac_name}".encode()
         failed = system.sysctlbyname(name, ctypes.byref(found), ctypes.byref(size), None, 0)
         return not failed and found.value == 1
-    if sys.platform == "linux":
-        system.getauxval.restype, system.getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
-        return bool(system.getauxval(16) >> 20 & 1)  # AT_HWCAP, HWCAP_ASIMDDP
-    return False
+    system.getauxval.restype, system.getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    return bool(system.getauxval(entry) >> bit & 1)  # 16: AT_HWCAP, 26: AT_HWCAP2
 
 
 @functools.cache
@@ -161,8 +167,8 @@ def cpu_features() -> frozenset[str]:
     return frozenset(name[1:] for name in features.split(",") if name.startswith("+"))
 
 
-if config.CPU_FEATURES is None and _has_dot_product():  # before Numba compiles anything
-    config.CPU_FEATURES = f"{get_host_cpu_features()},+dotprod"
+if config.CPU_FEATURES is None and (found := _arm_features()):  # before Numba compiles anything
+    config.CPU_FEATURES = ",".join([get_host_cpu_features(), *(f"+{name}" for name in found)])
 
 
 def has_float16() -> bool:

@@ -227,9 +227,9 @@ def _row(
         return builder.load(builder.inttoptr(address, type_.as_pointer()), align=1)
 
     digits = 4 if decode is _two_bits else 5
-    sums = [
-        [cgutils.alloca_once_value(builder, zero) for _ in range(digits)] for _ in range(tokens)
-    ]
+    by_pairs = kernel.matrix and tokens > 1
+    places = _pairs(tokens, digits) if by_pairs else _singles(tokens, digits)
+    sums = [cgutils.alloca_once_value(builder, zero) for _ in places]
     with cgutils.for_range(builder, steps, intp=INT64) as loop:
         first = builder.mul(loop.index, INT64(STEP))
         if tokens == 1:  # else arithmetic is the limit
@@ -238,31 +238,60 @@ def _row(
         for part in range(0, STEP, kernel.width):
             column = builder.add(first, INT64(part))
             codes = decode(builder, kernel, load(builder.add(weights, column), bytes_))
-            for token in range(tokens):
-                row = builder.add(x, builder.mul(x_stride, INT64(token)))
-                activations = load(builder.add(row, column), bytes_)
-                for sum_, (code, _) in zip(sums[token], codes, strict=True):
-                    builder.store(kernel.dot(builder, builder.load(sum_), code, activations), sum_)
+            rows = (builder.add(x, builder.mul(x_stride, INT64(token))) for token in range(tokens))
+            q = [load(builder.add(row, column), bytes_) for row in rows]
+            for sum_, place in zip(sums, places, strict=True):
+                value = builder.load(sum_)
+                if by_pairs:
+                    (t, k), *_, (t2, k2) = place
+                    value = _multiply_pairs(builder, value, codes[k][0], codes[k2][0], q[t], q[t2])
+                else:
+                    [(t, k)] = place
+                    value = kernel.dot(builder, value, codes[k][0], q[t])
+                builder.store(value, sum_)
 
-    divisors = [divisor for _, divisor in codes]
-    places = [(token, k) for token in range(tokens) for k in range(digits)]
-    while places:
+    totals = [builder.load(sum_) for sum_ in sums]
+    while totals:
         # as many at once as make a power of two, and fit a vector
-        some = places[: min(kernel.sums, 1 << len(places).bit_length() - 1)]
-        places = places[len(some) :]
-        total = sum_lanes(builder, [builder.load(sums[token][k]) for token, k in some])
-        divisor = ir.Constant(total.type, [divisors[k] for _, k in some])
+        n = 1 if by_pairs else min(kernel.sums, 1 << len(totals).bit_length() - 1)
+        total = totals[0] if by_pairs else sum_lanes(builder, totals[:n])
+        lanes = [place for some in places[:n] for place in some]
+        totals, places = totals[n:], places[n:]
+        divisor = ir.Constant(total.type, [codes[k][1] for _, k in lanes])
         total = builder.sdiv(total, divisor, flags=("exact",))
-        for lane, (token, k) in enumerate(some):
+        for lane, (token, k) in enumerate(lanes):
             x_sum = load(builder.add(x_sums, INT64(4 * token)), INT32)
             value = builder.sub(builder.extract_element(total, INT32(lane)), x_sum)
             row = builder.mul(out_row, INT64(k))
             index = builder.add(builder.mul(out_token, INT64(token)), row)
             address = builder.add(out, builder.mul(index, INT64(4)))
-            # of the last block, some rows may not exist
+            # fives do not always come out even: some of the last rows may not exist
             exists = builder.icmp_signed("<", row, outputs)
-            with builder.if_then(exists) if k == 4 else contextlib.nullcontext():
+            with builder.if_then(exists) if digits == 5 and k else contextlib.nullcontext():
                 builder.store(value, builder.inttoptr(address, INT32.as_pointer()), align=4)
+
+
+def _singles(tokens: int, digits: int) -> list[list[tuple[int, int]]]:
+    """Which (token, digit) each vector of sums belongs to."""
+    return [[(token, k)] for token in range(tokens) for k in range(digits)]
+
+
+def _pairs(tokens: int, digits: int) -> list[list[tuple[int, int]]]:
+    """Which (token, digit) each of four sums belongs to; the fifth digit is its own partner."""
+    seconds = [(k, min(k + 1, digits - 1)) for k in range(0, digits, 2)]
+    firsts = range(0, tokens, 2)
+    return [[(t + i, k) for k in pair for i in (0, 1)] for t in firsts for pair in seconds]
+
+
+def _multiply_pairs(
+    builder: ir.IRBuilder, sums: ir.Value, a: ir.Value, b: ir.Value, x: ir.Value, y: ir.Value
+) -> ir.Value:
+    """Arm's matrix instruction: sums [a.x, a.y, b.x, b.y] of eight columns, twice."""
+    for half in (range(8), range(8, 16)):
+        mask = ir.Constant(_vector(INT32, 16), [*half, *(16 + lane for lane in half)])
+        rows, columns = builder.shuffle_vector(a, b, mask), builder.shuffle_vector(x, y, mask)
+        sums = _call(builder, "llvm.aarch64.neon.smmla.v4i32.v16i8", sums.type, sums, rows, columns)
+    return sums
 
 
 def prefetch_line(builder: ir.IRBuilder, address: ir.Value) -> None:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import bitnet_edu
 from bitnet_edu.errors import InputError
-from bitnet_edu.kernels.matmul import count_invalid, count_nonfinite, ternary_matmul
+from bitnet_edu.kernels.matmul import base3_of, count_invalid, count_nonfinite, ternary_matmul
 from bitnet_edu.kernels.simd import KERNELS, MAX_COLUMNS, kernel_name, supported_kernels
-from bitnet_edu.packing import pack_hf
+from bitnet_edu.packing import pack_base3_rows, pack_hf
 
 rows_of_four = st.integers(1, 40).map(lambda n: 4 * n)
 columns = st.integers(1, 300) | st.sampled_from([2560, 6911, 6912, 6913])
@@ -50,8 +50,30 @@ def test_bit_exact_on_any_shape(kernel, out, n, tokens, threads, seed):
     codes[:, rng.integers(n)] = 0
     q[rng.integers(tokens)] = 0
     q[:, rng.integers(n)] = -128
-    sums = ternary_matmul(pack_hf(codes), q, threads=threads, kernel=kernel)
+    for packed, rows in ((pack_hf(codes), None), (pack_base3_rows(codes), out)):
+        sums = ternary_matmul(packed, q, base3_rows=rows, threads=threads, kernel=kernel, ahead=64)
+        np.testing.assert_array_equal(sums, exact(codes, q))
+
+
+@every_kernel
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 60), columns, st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_base_3_writes_no_row_that_does_not_exist(kernel, out, n, tokens, seed):
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(-1, 2, (out, n), dtype=np.int8)
+    q = rng.integers(-128, 128, (tokens, n), dtype=np.int8)
+    around = np.full(tokens * out + 64, 77, np.int32)
+    sums = around[32:-32].reshape(tokens, out)
+    ternary_matmul(pack_base3_rows(codes), q, sums, base3_rows=out, kernel=kernel)
     np.testing.assert_array_equal(sums, exact(codes, q))
+    assert (around[:32] == 77).all()
+    assert (around[-32:] == 77).all()
+
+
+@given(rows_of_four, columns, st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_base_3_is_made_of_two_bits_as_of_codes(out, n, threads, seed):
+    codes = np.random.default_rng(seed).integers(-1, 2, (out, n), dtype=np.int8)
+    np.testing.assert_array_equal(base3_of(pack_hf(codes), threads), pack_base3_rows(codes))
 
 
 @every_kernel
@@ -61,6 +83,8 @@ def test_bit_exact_on_any_shape(kernel, out, n, tokens, threads, seed):
 def test_extreme_sums_do_not_saturate(kernel, n, code, value):
     codes, q = np.full((8, n), code, np.int8), np.full((5, n), value, np.int8)
     assert (ternary_matmul(pack_hf(codes), q, kernel=kernel) == code * value * n).all()
+    base3 = pack_base3_rows(codes)
+    assert (ternary_matmul(base3, q, base3_rows=8, kernel=kernel) == code * value * n).all()
 
 
 @every_kernel
@@ -119,6 +143,19 @@ def read_only(array):
 def test_refuses_what_does_not_fit(packed, q, sums, threads, message):
     with pytest.raises(InputError, match=message):
         ternary_matmul(packed, q, sums, threads=threads)
+
+
+@pytest.mark.parametrize("rows", [0, 250, 256, -1, 255.0, "255", True])
+def test_refuses_a_number_of_base_3_rows_that_these_bytes_do_not_have(rows):
+    with pytest.raises(InputError, match="rows of base-3 weights"):
+        ternary_matmul(np.zeros((51, 128), np.uint8), Q, base3_rows=rows)
+    assert ternary_matmul(np.zeros((51, 128), np.uint8), Q, base3_rows=253).shape == (2, 253)
+
+
+@pytest.mark.parametrize("ahead", [-1, 1.5, 2**40, "far"])
+def test_refuses_a_distance_that_is_none(ahead):
+    with pytest.raises(InputError, match="ahead"):
+        ternary_matmul(PACKED, Q, ahead=ahead)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
