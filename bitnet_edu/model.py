@@ -19,7 +19,7 @@ from bitnet_edu.container import memory_limit
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError, require_whole
 from bitnet_edu.kernels.attention import PAD, SPAN, STRETCH, TILE
 from bitnet_edu.kernels.bits import has_float16
-from bitnet_edu.kernels.border import address, aligned_zeros, checked
+from bitnet_edu.kernels.border import address, aligned_zeros, checked, release
 from bitnet_edu.kernels.head import Screen
 from bitnet_edu.kernels.matmul import base3_of
 from bitnet_edu.kernels.simd import MAX_COLUMNS, NO_KERNEL, PACKINGS, kernel_index, kernel_name
@@ -454,8 +454,9 @@ class BitNet:
         arrays = [matrix.packed for matrix in self._matrices]
         if packing == packing_of(self._matrices[0]):
             return arrays
-        if not self._base3:
-            self._base3 = [base3_of(array, self.threads) for array in arrays]
+        for array in arrays[len(self._base3) :]:
+            self._base3.append(base3_of(array, self.threads))
+            release(array)  # one copy in memory is enough
         return self._base3
 
     def _make_table(self, packing: str) -> Table:

@@ -14,6 +14,7 @@ from bitnet_edu.kernels.bits import has_float16
 from bitnet_edu.kernels.head import Screen
 from bitnet_edu.kernels.simd import supported_kernels
 from bitnet_edu.model import BATCH, BitNet, Settings, _tiles
+from bitnet_edu.packing import pack_base3_rows
 from bitnet_edu.reference import BitNetReference
 from bitnet_edu.weights import BitNetConfig, TernaryMatrix, random_weights
 
@@ -99,6 +100,32 @@ def test_logits_are_the_same_to_the_bit_however_a_text_is_cut(kernel, name, dtyp
         np.testing.assert_array_equal(rows, whole[places])
 
 
+@pytest.mark.parametrize("kernel", supported_kernels())
+@pytest.mark.parametrize("name", CONFIGS)
+def test_base_3_does_not_change_a_bit(kernel, name):
+    model = model_of(CONFIGS[name])
+    ids = ids_of(model.config, 23)
+    expected = model.logits(ids)
+    for threads in (1, 2):
+        model.settings = Settings(threads, kernel, packing="base3")
+        np.testing.assert_array_equal(model.logits(ids), expected)
+        rows, places = cut(ids, model, [1, 2, 9])
+        np.testing.assert_array_equal(rows, expected[places])
+    two_bits = sum(m.packed.nbytes for layer in model.weights.layers for m in layer[:7])
+    read = sum(array.nbytes for array in model.arrays_of_a_token[:-1])
+    assert read < 0.87 * two_bits  # 0.8, and a little more for rows that are no fives
+
+
+def test_weights_in_two_packings_are_refused():
+    model = model_of(config())
+    first, *others = model.weights.layers
+    q = first.q_proj
+    base3 = TernaryMatrix(pack_base3_rows(q.codes()), q.scale, q.shape[0])
+    for mixed in (first._replace(k_proj=base3), first._replace(q_proj=base3)):
+        with pytest.raises(InputError, match="layer 0"):
+            BitNet(model.config, model.weights._replace(layers=(mixed, *others)))
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_so_are_those_of_long_texts(half):
     """Across the tiles that a long prompt is cut into, and the spans of attention."""
@@ -145,7 +172,8 @@ def test_threads_do_not_change_a_bit():
 @pytest.mark.parametrize(
     "wrong",
     [{"threads": 0}, {"threads": -1}, {"threads": 257}, {"threads": "2"}, {"threads": True},
-     {"threads": 1.5}, {"kernel": "abacus"}, {"kernel": None}, {"cache_dtype": np.int8},
+     {"threads": 1.5}, {"kernel": "abacus"}, {"kernel": None}, {"packing": "base4"},
+     {"packing": None}, {"packing": ["2bit"]}, {"cache_dtype": np.int8},
      {"cache_dtype": "float"}, {"screen": 0}, {"screen": -1}, {"screen": 1.0}],
     ids=str,
 )  # fmt: skip

@@ -234,8 +234,9 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def config_json(config: BitNetConfig, *, tied: bool, scheme: str) -> dict[str, Any]:
-    """What transformers reads as config.json, without the dtype; of a base-3 folder it says that it
-    knows no such method. scheme: "multiply", "master" or "base3", as in `parse_scheme`.
+    """What transformers reads as config.json, without the dtype; a base-3 folder it refuses.
+
+    scheme: "multiply", "master" or "base3", as in `parse_scheme`.
     """
     ends = list(config.eos_token_ids)
     return {

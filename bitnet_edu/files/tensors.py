@@ -10,6 +10,7 @@ import numpy as np
 
 from bitnet_edu.errors import CheckpointError
 from bitnet_edu.files.config import fault, open_regular, unreadable
+from bitnet_edu.kernels.border import release
 from bitnet_edu.kernels.matmul import count_nonfinite
 from bitnet_edu.kernels.simd import MAX_COLUMNS
 from bitnet_edu.weights import BitNetConfig
@@ -38,11 +39,8 @@ class Stored(NamedTuple):
         return np.require(array, requirements="A")  # a copy only if a file places it at odd bytes
 
     def release(self) -> None:
-        """Take it out of memory, where the system can. Whoever looks reads it again."""
-        first = -(-self.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = self.offset + self.nbytes - first
-        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-            self.memory.madvise(mmap.MADV_DONTNEED, first, length)
+        """Take it out of memory, where the system can."""
+        release(self.bytes())
 
 
 class Tensors:

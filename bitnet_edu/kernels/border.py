@@ -4,6 +4,8 @@ Compiled code trusts its arguments. So an array is checked once, before its addr
 nowhere else in the package does Python ask an array where it lies.
 """
 
+import mmap
+
 import numpy as np
 
 from bitnet_edu.errors import InputError
@@ -38,6 +40,18 @@ def checked(
 def address(array: np.ndarray, dtype: type | tuple[type, ...], shape: tuple, what: str) -> int:
     """Where the array begins, after `checked`. It must be kept alive as long as this is used."""
     return checked(array, dtype, shape, what).ctypes.data
+
+
+def release(array: np.ndarray) -> None:
+    """Take a memory-mapped array out of memory, where the system can. Who looks reads it again."""
+    memory = array
+    while isinstance(memory, np.ndarray | memoryview):
+        memory = memory.base if isinstance(memory, np.ndarray) else memory.obj
+    if isinstance(memory, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        offset = array.ctypes.data - np.frombuffer(memory, np.uint8, 1).ctypes.data
+        first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        if (length := offset + array.nbytes - first) > 0:
+            memory.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:

@@ -186,7 +186,10 @@ def remember(key: str, tuning: Tuning) -> None:
 
 def _stored() -> dict:
     path = _path()
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except RecursionError:
+        stored = None
     if not isinstance(stored, dict):
         raise ValueError
     return stored

@@ -23,9 +23,16 @@ from bitnet_edu import BitNetError, CheckpointError, InputError, cli, load
 from bitnet_edu.files import convert as module
 from bitnet_edu.files.atomic import all_or_nothing
 from bitnet_edu.files.convert import FORMATS, convert
-from bitnet_edu.files.hf import file_tensors, master_weights, safetensors_header, write_folder
+from bitnet_edu.files.hf import (
+    file_tensors,
+    master_weights,
+    safetensors_header,
+    stored_tensors,
+    write_folder,
+)
 from bitnet_edu.files.source import TINY, find_model, read_model
 from bitnet_edu.info import describe
+from bitnet_edu.model import Settings
 from bitnet_edu.proof.report import verify
 from bitnet_edu.quantize import absmean_ternary
 from bitnet_edu.weights import BITNET_2B4T, TernaryMatrix, Weights, random_weights
@@ -62,7 +69,7 @@ def assert_equal(weights: Weights, expected: Weights, float16: bool) -> None:
     for layer, other in zip(weights.layers, expected.layers, strict=True):
         for ours, theirs in zip(layer, other, strict=True):
             if isinstance(ours, TernaryMatrix):
-                np.testing.assert_array_equal(ours.packed, theirs.packed)
+                np.testing.assert_array_equal(ours.in_two_bits(), theirs.in_two_bits())
                 assert ours.scale == theirs.scale
             else:
                 np.testing.assert_array_equal(ours, theirs)
@@ -74,7 +81,7 @@ def assert_equal(weights: Weights, expected: Weights, float16: bool) -> None:
 
 @pytest.mark.parametrize("first", FORMATS)
 def test_each_format_from_each_is_exact(tmp_path, source, first):
-    """From any source to `first`, and from there to all three."""
+    """From any source to `first`, and from there to all of them."""
     config, weights, tokenizer = read(source)
     middle = path_for(tmp_path, "first", first)
     if first == "hf-bf16" and "online" in source:
@@ -211,6 +218,51 @@ def test_the_2b4t_file_would_have_exactly_the_published_size():
     data = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
     assert len(tensors) == 542
     assert 8 + len(safetensors_header(tensors)) + data == 1_178_623_988
+
+
+def test_base_3_is_used_as_it_lies_and_gives_the_same_logits(tmp_path):
+    convert("tiny", tmp_path / "tiny3", "base3")
+    model, base3 = load("tiny"), load(tmp_path / "tiny3")
+    ids = model.tokenizer.encode("What is a ternary weight?")
+    np.testing.assert_array_equal(base3.logits(ids), model.logits(ids))
+    packed, _, rows = base3.weights.layers[0].gate_proj
+    assert rows == model.config.intermediate_size
+    assert len(packed) == math.ceil(rows / 5)
+    assert not packed.flags.owndata
+    sizes = [
+        sum(matrix.packed.nbytes for layer in m.weights.layers for matrix in layer[:7])
+        for m in (base3, model)
+    ]
+    assert 0.8 <= sizes[0] / sizes[1] < 0.81
+    assert base3.engine.arrays_of_a_token[0] is base3.weights.layers[0].q_proj.packed
+    with pytest.raises(InputError, match="lies in base 3"):
+        base3.settings = Settings(packing="2bit")
+    with pytest.raises(RuntimeError, match="mismatch"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tiny3")
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_byte_that_five_digits_never_make_is_refused(tmp_path, place):
+    convert("tiny", tmp_path / "tiny3", "base3")
+    file = tmp_path / "tiny3" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    stored = stored_tensors(file)["model.layers.1.mlp.up_proj.weight"]
+    content[stored.offset + (0 if place == 0 else stored.nbytes - 1)] = 243
+    file.write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight must be bytes up to"
+    ):
+        load(tmp_path / "tiny3")
+
+
+@pytest.mark.parametrize("method", ["bitnet", "bitnet_base3"])
+def test_a_folder_that_says_the_other_packing_is_refused(tmp_path, method):
+    convert("tiny", tmp_path / "m", "base3" if method == "bitnet" else "hf-packed")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = method
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight must be U8"):
+        load(tmp_path / "m")
 
 
 def test_both_i2s_layouts_are_written_and_told_apart(tmp_path):
