@@ -1,5 +1,6 @@
 """Is this machine ready for the book or a workshop? One finding for each thing to look at."""
 
+import os
 import platform
 import sys
 import threading
@@ -8,6 +9,7 @@ import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from bitnet_edu.errors import BitNetError
@@ -35,7 +37,8 @@ class Finding(NamedTuple):
 def examine() -> list[Finding]:
     """Look at everything; what fails unexpectedly is a finding too, never an exception."""
     findings = []
-    for check in (python, processor, memory, disk, packages, kernels, model, microsoft, network):
+    checks = (python, processor, memory, disk, packages, kernels, tuning, model, microsoft, network)
+    for check in checks:
         try:
             findings += check()
         except BitNetError as error:
@@ -118,7 +121,7 @@ def kernels() -> list[Finding]:
     """Multiply with every kernel that this CPU runs, odd sizes and extreme values included."""
     from bitnet_edu.kernels.matmul import ternary_matmul
     from bitnet_edu.kernels.simd import supported_kernels
-    from bitnet_edu.packing import pack_hf
+    from bitnet_edu.packing import pack_base3_rows, pack_hf
 
     rng = np.random.default_rng(0)
     wrong = set()
@@ -128,13 +131,31 @@ def kernels() -> list[Finding]:
             q = rng.integers(-128, 128, (5, columns), dtype=np.int8)
             codes[0], q[0] = 1, -128
             exact = q.astype(np.int64) @ codes.astype(np.int64).T
-            if not np.array_equal(ternary_matmul(pack_hf(codes), q, kernel=kernel), exact):
-                wrong.add(kernel)
+            for packed, rows in ((pack_hf(codes), None), (pack_base3_rows(codes), 12)):
+                found = ternary_matmul(packed, q, base3_rows=rows, kernel=kernel)
+                if not np.array_equal(found, exact):
+                    wrong.add(kernel)
     if wrong:
         found = f"{', '.join(sorted(wrong))}: not what NumPy computes"
         advice = "set BITNET_EDU_KERNEL=portable, and report it"
         return [Finding("kernel test", BAD, found, advice)]
     return [Finding("kernel test", GOOD, f"{', '.join(supported_kernels())}: exact")]
+
+
+def tuning() -> list[Finding]:
+    """How a large model would be worked with here, measured now unless that was done before."""
+    from bitnet_edu.kernels.simd import kernel_name
+    from bitnet_edu.kernels.threads import default_threads
+    from bitnet_edu.kernels.tuning import SAMPLE, tuning_for
+    from bitnet_edu.system import memory as now
+    from bitnet_edu.weights import TernaryMatrix
+
+    if os.environ.get("BITNET_EDU_TUNING") or now().available > 6 * SAMPLE:
+        zeros = TernaryMatrix(np.full((SAMPLE // 2560, 2560), 0b01010101, np.uint8), np.float32(1))
+        head = np.ones((SAMPLE // 5120, 2560), ml_dtypes.bfloat16)
+        chosen = tuning_for([zeros], head, kernel_name(), default_threads())
+        return [Finding("tuning", GOOD, str(chosen), "BITNET_EDU_TUNING overrides it")]
+    return [Finding("tuning", NOTE, "not measured", "it takes 1 GB of free memory")]
 
 
 def model() -> list[Finding]:

@@ -16,7 +16,19 @@ from bitnet_edu.kernels.simd import kernel_name, supported_kernels
 from bitnet_edu.kernels.threads import default_threads
 
 # of all that a CPU can do, what decides which kernel runs
-FEATURES = ("avx512vnni", "avx512bw", "avxvnni", "avx2", "fma", "f16c", "neon", "dotprod", "sve")
+FEATURES = (
+    "avx512vnni",
+    "avx512bw",
+    "avx512vbmi",
+    "avxvnni",
+    "avx2",
+    "fma",
+    "f16c",
+    "neon",
+    "dotprod",
+    "i8mm",
+    "sve",
+)
 PACKAGES = (
     "bitnet-edu",
     "numpy",

@@ -30,6 +30,7 @@ ENOUGH = 2**26  # bytes of weights from which on memory is the limit, and tuning
 SAMPLE = 2**27  # bytes of each kind of weights that are read in a measurement
 ROUNDS = 5
 CLEARLY = 0.97  # of the time without: for less gain nothing is asked for ahead
+STEADY = 1.25  # times the shortest time, the middle one, at most
 FILE = "tuning.json"
 
 
@@ -59,8 +60,9 @@ def tuning_for(
         return Tuning(packing)
     key = f"{cpu_identity()}, {kernel}, {threads} threads, {packing}"
     if (known := recall(key)) is None:
-        known = measure(matrices, head, kernel, threads)
-        remember(key, known)
+        known, steady = measure(matrices, head, kernel, threads)
+        if steady:
+            remember(key, known)
     return known
 
 
@@ -88,10 +90,11 @@ def tuning_of_environment() -> Tuning:
 
 def measure(
     matrices: Sequence[TernaryMatrix], head: np.ndarray, kernel: str, threads: int
-) -> Tuning:
+) -> tuple[Tuning, bool]:
     """Time the products of one token and the head with each of AHEADS, in both packings.
 
-    What lies in base 3 already stays so.
+    What lies in base 3 already stays so. Also returns whether the clock can be believed: on a busy
+    machine the same work takes now so long, now so long.
     """
     samples = {packing_of(matrices[0]): _sample(matrices)}
     if "2bit" in samples:
@@ -113,20 +116,22 @@ def measure(
                 packed, q, base3_rows=base3_rows, threads=threads, kernel=kernel, ahead=ahead
             )
 
-    times = {(kind, ahead): np.inf for kind in (*samples, "head") for ahead in AHEADS}
-    for turn in range(ROUNDS + 1):
-        for choice in times:
+    rounds = {(kind, ahead): [] for kind in (*samples, "head") for ahead in AHEADS}
+    for _ in range(ROUNDS + 1):
+        for choice, seconds in rounds.items():
             start = time.perf_counter()
             work(*choice)
-            if turn:  # the first round warms up
-                times[choice] = min(times[choice], time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
+    times = {choice: min(seconds[1:]) for choice, seconds in rounds.items()}  # the first warms up
+    middle = {choice: np.median(seconds[1:]) for choice, seconds in rounds.items()}
+    steady = all(middle[choice] <= STEADY * times[choice] for choice in times)
     best = {kind: _best(kind, times) for kind in (*samples, "head")}
     packing = next(iter(samples))
     if len(samples) == 2 and (
         times["base3", best["base3"]] < CLEARLY * times["2bit", best["2bit"]]
     ):
         packing = "base3"
-    return Tuning(packing, best.get("2bit", 0), best["base3"], best["head"])
+    return Tuning(packing, best.get("2bit", 0), best["base3"], best["head"]), steady
 
 
 def _sample(matrices: Sequence[TernaryMatrix]) -> list[TernaryMatrix]:

@@ -11,7 +11,9 @@ from bitnet_edu.kernels.simd import KERNELS
 SECONDS = 2  # between two readings
 WHAT = {  # each kernel of `KERNELS`
     "vnni": "64 products of bytes, added in fours, in one instruction (AVX-512 VNNI)",
+    "avxvnni": "32 products of bytes, added in fours, in one instruction (AVX-VNNI)",
     "avx2": "32 products of bytes, added in pairs, in one instruction (AVX2)",
+    "i8mm": "32 products of bytes, two rows by two tokens, in one instruction (Arm's i8mm)",
     "sdot": "16 products of bytes, added in fours, in one instruction (Arm's dot product)",
     "portable": "what the compiler makes of plain code for this CPU",
 }

@@ -40,7 +40,9 @@ def chosen(monkeypatch, matrices=TWO_BITS, **seconds):
     times = {tuple(k.split("_")) if "_" in k else k: v for k, v in seconds.items()}
     times = {(kind, int(ahead)): value for (kind, ahead), value in times.items()}
     Clock(monkeypatch, times)
-    return measure(matrices, HEAD, "portable", 1)
+    found, steady = measure(matrices, HEAD, "portable", 1)
+    assert steady
+    return found
 
 
 def test_the_shortest_time_decides(monkeypatch):
@@ -64,7 +66,7 @@ def test_what_lies_in_base_3_stays_so(monkeypatch):
 
 def test_each_choice_can_really_be_measured():
     for matrices in (TWO_BITS, BASE3):
-        found = measure(matrices, HEAD, "portable", 2)
+        found, _ = measure(matrices, HEAD, "portable", 2)
         assert {found.ahead, found.base3_ahead, found.head_ahead} <= set(AHEADS)
 
 
@@ -78,7 +80,7 @@ def folder(monkeypatch, tmp_path):
 def test_a_large_model_is_measured_once_and_a_small_one_never(monkeypatch, folder):
     counted = []
     found = Tuning("base3", 0, AHEADS[1], AHEADS[2])
-    monkeypatch.setattr(tuning, "measure", lambda *args: counted.append(args) or found)
+    monkeypatch.setattr(tuning, "measure", lambda *args: counted.append(args) or (found, True))
     assert tuning_for(TWO_BITS, HEAD, "portable", 1) == Tuning()
     assert tuning_for(BASE3, HEAD, "portable", 1) == Tuning("base3")
     assert not counted
@@ -92,6 +94,21 @@ def test_a_large_model_is_measured_once_and_a_small_one_never(monkeypatch, folde
     monkeypatch.setattr(tuning, "cpu_identity", lambda: "another processor")
     tuning_for(TWO_BITS, HEAD, "portable", 1)
     assert len(counted) == 5
+
+
+def test_what_a_busy_machine_shows_is_not_kept(monkeypatch, folder):
+    clock = Clock(monkeypatch, {})
+    disturbed = itertools.cycle([0, 5, 5, 0, 5])
+
+    def products(*args, **kwargs):
+        clock.now += next(disturbed)
+        clock.products(*args, **kwargs)
+
+    monkeypatch.setattr(tuning, "ternary_matmul", products)
+    monkeypatch.setattr(tuning, "ENOUGH", 1)
+    assert not measure(TWO_BITS[:1], HEAD, "portable", 1)[1]
+    tuning_for(TWO_BITS[:1], HEAD, "portable", 1)
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize(

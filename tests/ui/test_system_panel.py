@@ -37,7 +37,9 @@ def test_panel_follows_until_it_is_closed(monkeypatch):
     ("kernel", "words"),
     [
         ("vnni", "AVX-512 VNNI"),
+        ("avxvnni", "AVX-VNNI"),
         ("avx2", "AVX2"),
+        ("i8mm", "Arm's i8mm"),
         ("sdot", "Arm's dot product"),
         ("portable", "plain code"),
     ],
