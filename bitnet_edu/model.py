@@ -22,7 +22,14 @@ from bitnet_edu.kernels.bits import has_float16
 from bitnet_edu.kernels.border import address, aligned_zeros, checked, release
 from bitnet_edu.kernels.head import Screen
 from bitnet_edu.kernels.matmul import base3_of
-from bitnet_edu.kernels.simd import MAX_COLUMNS, NO_KERNEL, PACKINGS, kernel_index, kernel_name
+from bitnet_edu.kernels.simd import (
+    MAX_COLUMNS,
+    NO_KERNEL,
+    PACKINGS,
+    kernel_index,
+    kernel_name,
+    scratch_size,
+)
 from bitnet_edu.kernels.step import (
     INPUT,
     MIDDLE,
@@ -507,6 +514,7 @@ class BitNet:
             largest=aligned_zeros((slots, heads), np.float32),
             total=aligned_zeros((slots, heads), np.float32),
             scores=aligned_zeros((threads, heads // c.num_key_value_heads, STRETCH), np.float32),
+            codes=aligned_zeros((threads, scratch_size(wide, BATCH)), np.uint8),
             fault=aligned_zeros((1,), np.int64),
         )
 

@@ -6,13 +6,14 @@ from numba import carray
 
 from bitnet_edu.errors import InputError, require_whole
 from bitnet_edu.kernels.bits import cached_jit, jit, pointer
-from bitnet_edu.kernels.border import address, checked
+from bitnet_edu.kernels.border import address, aligned_zeros, checked
 from bitnet_edu.kernels.simd import (
     BASE3,
     BITS2,
     MAX_COLUMNS,
     kernel_index,
     kernel_name,
+    scratch_size,
     ternary_rows,
 )
 from bitnet_edu.kernels.threads import (
@@ -68,14 +69,15 @@ def ternary_matmul(
     q_sums = q.sum(axis=1, dtype=np.int32)
     packing = BITS2 if base3_rows is None else BASE3
     matrix = packing, weights, rows, columns, outputs
-    run(_matmul, (index, *matrix, q, q_sums, sums, ahead, threads), threads)
+    scratch = aligned_zeros((threads, scratch_size(columns, len(q))), np.uint8)
+    run(_matmul, (index, *matrix, q, q_sums, sums, ahead, scratch, threads), threads)
     return sums
 
 
 @cached_jit
 def _matmul(
-    kernel, packing, weights, rows, columns, outputs, q, q_sums, sums, ahead, threads, thread,
-    counters,
+    kernel, packing, weights, rows, columns, outputs, q, q_sums, sums, ahead, scratch, threads,
+    thread, counters,
 ):  # fmt: skip
     chunks = chunk_count(rows * columns, threads)
     chunk = take(counters)
@@ -83,7 +85,7 @@ def _matmul(
         first, last = chunk * rows // chunks, (chunk + 1) * rows // chunks
         ternary_rows(
             kernel, packing, weights, rows, columns, outputs, first, last, q, q_sums, len(q), sums,
-            ahead,
+            ahead, scratch[thread],
         )  # fmt: skip
         finish(counters)
         chunk = take(counters)

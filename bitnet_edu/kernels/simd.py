@@ -21,6 +21,7 @@ compiles to whatever vectors the machine has.
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -35,7 +36,10 @@ from bitnet_edu.errors import InputError
 from bitnet_edu.kernels.bits import at, cpu_features, jit, pointer
 
 MAX_COLUMNS = 2**17 - 1
-BLOCK_BYTES = 49152  # of weights that stay in the caches while all tokens are multiplied with them
+BLOCK_BYTES = (
+    49152  # of weights that stay in the caches while a few tokens are multiplied with them
+)
+MANY = 48  # tokens for which it pays to unpack the codes
 AHEAD = 8192  # bytes that memory may be asked for ahead of their use: tuning.py tries it
 STEP = 64  # columns per turn of the loop, and what a row of activations is best padded to
 INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -95,19 +99,20 @@ class Kernel(NamedTuple):
     features: tuple[tuple[str, ...], ...]  # all of one of these
     width: int  # bytes in a vector
     sums: int  # int32 sums in a vector
-    tokens: int  # tokens that share decoded weights in prefill: as many as the registers hold
+    tokens: int  # tokens that share a packed row: as many as the registers hold
+    wide: int  # tokens that share unpacked rows, where there are many; 0: they never are
     dot: Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value], ir.Value]
     signed: bool = False  # takes codes up to 127 only, so that 2 << 6 = 128 must be avoided
-    matrix: bool = False  # in prefill, multiplies two rows with two tokens at once
+    matrix: bool = False  # multiplies two rows with two tokens at once
 
 
 KERNELS = {
-    "vnni": Kernel((("avx512vnni", "avx512bw"),), 64, 16, 4, _dot_vnni),
-    "avxvnni": Kernel((("avxvnni",), ("avx512vnni", "avx512vl")), 32, 8, 3, _dot_avxvnni),
-    "avx2": Kernel((("avx2",),), 32, 8, 2, _dot_avx2),
-    "i8mm": Kernel((("dotprod", "i8mm"),), 16, 4, 4, _dot_sdot, signed=True, matrix=True),
-    "sdot": Kernel((("dotprod",),), 16, 4, 4, _dot_sdot, signed=True),
-    "portable": Kernel(((),), 16, 16, 2, _dot_portable),
+    "vnni": Kernel((("avx512vnni", "avx512bw"),), 64, 16, 4, 12, _dot_vnni),
+    "avxvnni": Kernel((("avxvnni",), ("avx512vnni", "avx512vl")), 32, 8, 3, 6, _dot_avxvnni),
+    "avx2": Kernel((("avx2",),), 32, 8, 2, 5, _dot_avx2),
+    "i8mm": Kernel((("dotprod", "i8mm"),), 16, 4, 4, 0, _dot_sdot, signed=True, matrix=True),
+    "sdot": Kernel((("dotprod",),), 16, 4, 4, 12, _dot_sdot, signed=True),
+    "portable": Kernel(((),), 16, 16, 2, 2, _dot_portable),
 }
 
 
@@ -223,9 +228,6 @@ def _row(
     """Write the code of `_multiply_row` for one kernel, packing and number of tokens."""
     bytes_, zero = _vector(INT8, kernel.width), _splat(_vector(INT32, kernel.sums), 0)
 
-    def load(address, type_):  # align=1: a memory-mapped tensor may start anywhere
-        return builder.load(builder.inttoptr(address, type_.as_pointer()), align=1)
-
     digits = 4 if decode is _two_bits else 5
     by_pairs = kernel.matrix and tokens > 1
     places = _pairs(tokens, digits) if by_pairs else _singles(tokens, digits)
@@ -237,9 +239,9 @@ def _row(
                 prefetch_line(builder, builder.add(weights, builder.add(first, ahead)))
         for part in range(0, STEP, kernel.width):
             column = builder.add(first, INT64(part))
-            codes = decode(builder, kernel, load(builder.add(weights, column), bytes_))
+            codes = decode(builder, kernel, _load(builder, builder.add(weights, column), bytes_))
             rows = (builder.add(x, builder.mul(x_stride, INT64(token))) for token in range(tokens))
-            q = [load(builder.add(row, column), bytes_) for row in rows]
+            q = [_load(builder, builder.add(row, column), bytes_) for row in rows]
             for sum_, place in zip(sums, places, strict=True):
                 value = builder.load(sum_)
                 if by_pairs:
@@ -260,15 +262,23 @@ def _row(
         divisor = ir.Constant(total.type, [codes[k][1] for _, k in lanes])
         total = builder.sdiv(total, divisor, flags=("exact",))
         for lane, (token, k) in enumerate(lanes):
-            x_sum = load(builder.add(x_sums, INT64(4 * token)), INT32)
+            x_sum = _load(builder, builder.add(x_sums, INT64(4 * token)), INT32)
             value = builder.sub(builder.extract_element(total, INT32(lane)), x_sum)
             row = builder.mul(out_row, INT64(k))
             index = builder.add(builder.mul(out_token, INT64(token)), row)
-            address = builder.add(out, builder.mul(index, INT64(4)))
             # fives do not always come out even: some of the last rows may not exist
             exists = builder.icmp_signed("<", row, outputs)
             with builder.if_then(exists) if digits == 5 and k else contextlib.nullcontext():
-                builder.store(value, builder.inttoptr(address, INT32.as_pointer()), align=4)
+                _store(builder, value, builder.add(out, builder.mul(index, INT64(4))))
+
+
+def _load(builder: ir.IRBuilder, address: ir.Value, type_: ir.Type) -> ir.Value:
+    """A load of any alignment: a memory-mapped tensor may start anywhere."""
+    return builder.load(builder.inttoptr(address, type_.as_pointer()), align=1)
+
+
+def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int = 4) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
 
 
 def _singles(tokens: int, digits: int) -> list[list[tuple[int, int]]]:
@@ -292,6 +302,139 @@ def _multiply_pairs(
         rows, columns = builder.shuffle_vector(a, b, mask), builder.shuffle_vector(x, y, mask)
         sums = _call(builder, "llvm.aarch64.neon.smmla.v4i32.v16i8", sums.type, sums, rows, columns)
     return sums
+
+
+# --- Many tokens: codes are unpacked once, side by side, and stay in the caches -----------------
+
+
+@intrinsic
+def _unpack(typingctx, kernel, packing, weights, columns, steps, codes, size):
+    """Byte rows of packed weights, a lane of the kernel's vectors each, to codes w + 1 of a byte.
+
+    weights: the address of uint8[lanes, columns], of which 64 * steps columns are unpacked; codes:
+    that of uint8[digits, 64 * steps / group, 2, lanes, group], `size` bytes a digit, of which this
+    fills one of the two in the third place: neighbours are `group` columns, then the rows.
+    """
+
+    def codegen(context, builder, signature, args):
+        chosen, packing, *args = args
+        done = builder.append_basic_block("done")
+        number = builder.add(builder.mul(chosen, INT64(len(PACKINGS))), packing)
+        switch = builder.switch(number, done)
+        for case, (name, decode) in enumerate(itertools.product(KERNELS, PACKINGS.values())):
+            if name in supported_kernels() and KERNELS[name].wide:
+                block = builder.append_basic_block(name)
+                switch.add_case(INT64(case), block)
+                builder.position_at_end(block)
+                _unpack_side_by_side(builder, KERNELS[name], decode, *args)
+                builder.branch(done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), codegen
+
+
+def _unpack_side_by_side(builder, kernel, decode, weights, columns, steps, codes, size):
+    bytes_, lanes, group = _vector(INT8, kernel.width), kernel.sums, kernel.width // kernel.sums
+    groups = _vector(ir.IntType(8 * group), lanes)
+    with cgutils.for_range(builder, steps, intp=INT64) as loop:
+        for part in range(0, STEP, kernel.width):
+            column = builder.add(builder.mul(loop.index, INT64(STEP)), INT64(part))
+            first = builder.add(weights, column)
+            places = [builder.add(first, builder.mul(columns, INT64(i))) for i in range(lanes)]
+            rows = [_load(builder, place, groups) for place in places]
+            out = builder.add(codes, builder.mul(column, INT64(2 * lanes)))
+            for i, vector in enumerate(_transposed(builder, rows)):
+                place = builder.add(out, INT64(2 * kernel.width * i))
+                for code in decode(builder, kernel, builder.bitcast(vector, bytes_)):
+                    _store(builder, _divided(builder, *code), place, align=1)
+                    place = builder.add(place, size)
+
+
+def _divided(builder: ir.IRBuilder, code: ir.Value, divisor: int) -> ir.Value:
+    """Codes 0, 1, 2 from their multiples."""
+    if divisor & 1:  # a power of 3; of a power of 2, the bits are shifted
+        ones = _splat(code.type, divisor)
+        more = [builder.icmp_unsigned(op, code, ones) for op in (">=", ">")]
+        return code if divisor == 1 else builder.add(*(builder.zext(m, code.type) for m in more))
+    return builder.lshr(code, _splat(code.type, divisor.bit_length() - 1))
+
+
+def _transposed(builder: ir.IRBuilder, vectors: list[ir.Value]) -> list[ir.Value]:
+    """N vectors of N numbers, columns for rows: blocks change places, half as large each time."""
+    n = len(vectors)
+    half = n // 2
+    while half:
+        left = [lane + n * (lane // half % 2) - half * (lane // half % 2) for lane in range(n)]
+        masks = [ir.Constant(_vector(INT32, n), [lane + far for lane in left]) for far in (0, half)]
+        for i in range(n):
+            if not i & half:
+                pair = vectors[i], vectors[i + half]
+                for place, mask in zip((i, i + half), masks, strict=True):
+                    vectors[place] = builder.shuffle_vector(*pair, mask)
+        half //= 2
+    return vectors
+
+
+@intrinsic
+def _multiply_codes(typingctx, kernel, codes, x, x_stride, steps, x_sums, out, out_token):
+    """What `_unpack` made of two times `lanes` rows, times as many tokens as `wide` says.
+
+    Without any sum across lanes, as each has a row of its own. x, x_sums, out: addresses of
+    int8[wide, 64 * steps] whose rows lie x_stride apart, of int32[wide] their sums; writes int32 at
+    out + 4 * (token * out_token + row).
+    """
+
+    def codegen(context, builder, signature, args):
+        chosen, *args = args
+        done = builder.append_basic_block("done")
+        switch = builder.switch(chosen, done)
+        for case, (name, kernel) in enumerate(KERNELS.items()):
+            if name in supported_kernels() and kernel.wide:
+                block = builder.append_basic_block(name)
+                switch.add_case(INT64(case), block)
+                builder.position_at_end(block)
+                _tile(builder, kernel, *args)
+                builder.branch(done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 8), codegen
+
+
+def _tile(builder, kernel, codes, x, x_stride, steps, x_sums, out, out_token):
+    bytes_, sums_ = _vector(INT8, kernel.width), _vector(INT32, kernel.sums)
+    group = kernel.width // kernel.sums
+    number = ir.IntType(8 * group)
+    sums = [
+        [cgutils.alloca_once_value(builder, _splat(sums_, 0)) for _ in range(2)]
+        for _ in range(kernel.wide)
+    ]
+    groups = builder.mul(steps, INT64(STEP // group))
+    with cgutils.for_range(builder, groups, intp=INT64) as loop:
+        column = builder.mul(loop.index, INT64(group))
+        place = builder.add(codes, builder.mul(loop.index, INT64(2 * kernel.width)))
+        rows = [_load(builder, builder.add(place, INT64(i * kernel.width)), bytes_) for i in (0, 1)]
+        for token in range(kernel.wide):
+            place = builder.add(x, builder.add(builder.mul(x_stride, INT64(token)), column))
+            q = broadcast(builder, _load(builder, place, number), kernel.sums)
+            q = builder.bitcast(q, bytes_)
+            for sum_, row in zip(sums[token], rows, strict=True):
+                builder.store(kernel.dot(builder, builder.load(sum_), row, q), sum_)
+    for token in range(kernel.wide):
+        x_sum = _load(builder, builder.add(x_sums, INT64(4 * token)), INT32)
+        x_sum = broadcast(builder, x_sum, kernel.sums)
+        place = builder.add(out, builder.mul(out_token, INT64(4 * token)))
+        for i, sum_ in enumerate(sums[token]):
+            value = builder.sub(builder.load(sum_), x_sum)
+            _store(builder, value, builder.add(place, INT64(4 * kernel.sums * i)))
+
+
+def broadcast(builder: ir.IRBuilder, number: ir.Value, lanes: int) -> ir.Value:
+    """A vector that holds a number in every lane."""
+    vector = ir.Constant(_vector(number.type, lanes), ir.Undefined)
+    vector = builder.insert_element(vector, number, INT32(0))
+    return builder.shuffle_vector(vector, vector, ir.Constant(_vector(INT32, lanes), [0] * lanes))
 
 
 def prefetch_line(builder: ir.IRBuilder, address: ir.Value) -> None:
@@ -338,30 +481,89 @@ def sum_lanes(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
 
 NO_KERNEL = -1  # multiplies nothing: benchmark.py measures what is left
 _TOKENS = tuple(kernel.tokens for kernel in KERNELS.values())
+_WIDE = tuple(kernel.wide for kernel in KERNELS.values())
+_LANES = tuple(kernel.sums for kernel in KERNELS.values())
+_WIDTH = tuple(kernel.width for kernel in KERNELS.values())
 
 
 @jit
 def ternary_rows(
-    kernel, packing, weights, rows, columns, outputs, first, last, x, x_sums, tokens, out, ahead
-):
+    kernel, packing, weights, rows, columns, outputs, first, last, x, x_sums, tokens, out, ahead,
+    scratch,
+):  # fmt: skip
     """out[t, r + k * rows] = sum over c of w[r + k * rows, c] * x[t, c], exactly.
 
     For the byte rows first <= r < last, t < tokens and all k with r + k * rows < outputs. weights:
     the address of uint8[rows, columns], packed as `packing`, an index into `PACKINGS`, says; x:
     int8[>= tokens, >= columns], x_sums: int32[>= tokens], the sum of each row of x, out:
-    int32[>= tokens, >= outputs], kernel: an index into `KERNELS`, ahead: as in `_multiply_row`.
+    int32[>= tokens, >= outputs], kernel: an index into `KERNELS`, ahead: as in `_multiply_row`,
+    scratch: uint8[>= scratch_size(columns, tokens)].
     """
     if kernel == NO_KERNEL:
         return
+    whole, begin = first, 0
+    if tokens >= MANY and _WIDE[kernel] > 0:
+        digits, block = 4 if packing == BITS2 else 5, 2 * _LANES[kernel]
+        # only rows all of whose digits exist
+        whole += max(0, min(last, outputs - (digits - 1) * rows) - first) // block * block
+        begin = tokens // _WIDE[kernel] * _WIDE[kernel]
+        for r in range(first, whole, block):
+            many_tokens(
+                kernel, packing, weights, rows, columns, r, x, x_sums, begin, out, scratch, outputs
+            )
+        few_tokens(
+            kernel, packing, weights, rows, columns, outputs, first, whole, x, x_sums, begin,
+            tokens, out, ahead,
+        )  # fmt: skip
+    few_tokens(
+        kernel, packing, weights, rows, columns, outputs, whole, last, x, x_sums, 0, tokens, out,
+        ahead,
+    )  # fmt: skip
+
+
+@jit
+def many_tokens(
+    kernel, packing, weights, rows, columns, first, x, x_sums, tokens, out, scratch, outputs
+):
+    """`ternary_rows` for two times `lanes` byte rows and a multiple of the kernel's `wide`."""
+    lanes, steps, place = _LANES[kernel], columns // STEP, at(scratch)
+    size = 2 * lanes * STEP * steps
+    for half in range(2):
+        row = weights + (first + half * lanes) * columns
+        _unpack(kernel, packing, row, columns, steps, place + half * _WIDTH[kernel], size)
+    for token in range(0, tokens, _WIDE[kernel]):
+        x_at, sums_at = at(x[token:]), at(x_sums[token:])
+        for k in range(4 if packing == BITS2 else 5):
+            out_at = at(out[token, first + k * rows :])
+            _multiply_codes(
+                kernel, place + k * size, x_at, x.strides[0], steps, sums_at, out_at,
+                out.strides[0] // 4,
+            )  # fmt: skip
+    if STEP * steps < columns:
+        for r in range(first, first + 2 * lanes):
+            _rest_of_row(
+                packing, weights + r * columns, rows, columns, outputs, r, x, 0, tokens, out
+            )
+
+
+def scratch_size(columns: int, tokens: int) -> int:
+    """Bytes that a thread unpacks codes into: five digits of the byte rows that pass at a time."""
+    return 5 * 2 * max(_LANES) * columns if tokens >= MANY else 0
+
+
+@jit
+def few_tokens(
+    kernel, packing, weights, rows, columns, outputs, first, last, x, x_sums, begin, end, out, ahead
+):
+    """`ternary_rows` for the tokens from `begin` to before `end`, straight from packed weights."""
     steps, x_row, out_row = columns // STEP, x.strides[0], out.strides[0] // 4
-    block = rows if tokens == 1 else max(1, BLOCK_BYTES // columns)
-    for begin in range(first, last, block):
-        end = min(begin + block, last)
-        token = 0
-        while token < tokens:
-            tile = _TOKENS[kernel] if tokens - token >= _TOKENS[kernel] else 1
+    block = max(1, last - first if end - begin == 1 else BLOCK_BYTES // columns)
+    for top in range(first, last, block):
+        token = begin
+        while token < end:
+            tile = _TOKENS[kernel] if end - token >= _TOKENS[kernel] else 1
             x_at, sums_at, out_at = at(x[token:]), at(x_sums[token:]), at(out[token])
-            for r in range(begin, end):
+            for r in range(top, min(top + block, last)):
                 row, place = weights + r * columns, out_at + 4 * r
                 _multiply_row(
                     kernel, packing, tile, row, x_at, x_row, steps, sums_at, ahead,

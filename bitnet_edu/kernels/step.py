@@ -82,6 +82,7 @@ class Work(NamedTuple):
     largest: np.ndarray  # float32[slots, heads], its largest score
     total: np.ndarray  # float32[slots, heads], its sum of exp(score - largest)
     scores: np.ndarray  # float32[threads, heads / kv_heads, STRETCH]
+    codes: np.ndarray  # uint8[threads, scratch_size], unpacked weights
     fault: np.ndarray  # int64[1]: 0, or 1 + the first stage whose input held NaN or Inf
 
 
@@ -128,7 +129,8 @@ def step(
                 fetch_rows(layer, first, row, table)
             wait_for(counters, done)
             if last:
-                multiply(layer, first, last, row, end_row, table, work, tokens, kernel)
+                scratch = work.codes[thread]
+                multiply(layer, first, last, row, end_row, table, work, tokens, kernel, scratch)
             elif kind == ATTENTION:
                 attention_chunk(shape, cache, work, layer, index, start, spans, thread)
             elif stage > STAGES * shape.layers:
@@ -159,7 +161,7 @@ def stage_matrices(kind):
 
 
 @jit
-def multiply(layer, first, last, row, end_row, table, work, tokens, kernel):
+def multiply(layer, first, last, row, end_row, table, work, tokens, kernel, scratch):
     """Byte rows row..end_row of a stage's matrices, counted through, for all tokens."""
     for m in range(first, last):
         rows, out = table.rows[m], work.sums[:, table.offsets[m] :]
@@ -167,7 +169,7 @@ def multiply(layer, first, last, row, end_row, table, work, tokens, kernel):
         if begin < end:
             ternary_rows(
                 kernel, table.packing, table.matrices[layer, m], rows, table.columns[m],
-                table.outputs[m], begin, end, work.q, work.q_sum, tokens, out, table.ahead,
+                table.outputs[m], begin, end, work.q, work.q_sum, tokens, out, table.ahead, scratch,
             )  # fmt: skip
         row, end_row = row - rows, end_row - rows
 
