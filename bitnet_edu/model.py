@@ -17,7 +17,7 @@ import numpy as np
 
 from bitnet_edu.container import memory_limit
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError, require_whole
-from bitnet_edu.kernels.attention import PAD, SPAN, STRETCH, TILE
+from bitnet_edu.kernels.attention import PAD, SPAN, STRETCH, TILE, TOKENS
 from bitnet_edu.kernels.bits import has_float16
 from bitnet_edu.kernels.border import address, aligned_zeros, checked
 from bitnet_edu.kernels.head import Screen
@@ -454,7 +454,9 @@ class BitNet:
             mixed=aligned_zeros((slots, heads, numbers), np.float32),
             largest=aligned_zeros((slots, heads), np.float32),
             total=aligned_zeros((slots, heads), np.float32),
-            scores=aligned_zeros((threads, heads // c.num_key_value_heads, STRETCH), np.float32),
+            scores=aligned_zeros(
+                (threads, TOKENS, heads // c.num_key_value_heads, STRETCH), np.float32
+            ),
             fault=aligned_zeros((1,), np.int64),
         )
 

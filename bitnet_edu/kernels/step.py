@@ -9,7 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bitnet_edu.kernels.attention import SPAN, attend, holds_infinity, join, rotate_and_store
+from bitnet_edu.kernels.attention import (
+    SPAN,
+    TOKENS,
+    attend,
+    holds_infinity,
+    join,
+    rotate_and_store,
+)
 from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit
 from bitnet_edu.kernels.head import head_rows
 from bitnet_edu.kernels.pointwise import add_sums, norm_and_quantize, squared_relu
@@ -77,7 +84,7 @@ class Work(NamedTuple):
     mixed: np.ndarray  # float32[slots, heads, padded head_dim], what a span of positions gave
     largest: np.ndarray  # float32[slots, heads], its largest score
     total: np.ndarray  # float32[slots, heads], its sum of exp(score - largest)
-    scores: np.ndarray  # float32[threads, heads / kv_heads, STRETCH]
+    scores: np.ndarray  # float32[threads, TOKENS, heads / kv_heads, STRETCH]
     fault: np.ndarray  # int64[1]: 0, or 1 + the first stage whose input held NaN or Inf
 
 
@@ -112,7 +119,7 @@ def step(
             rows = table.rows[first:last].sum()
             count = chunk_count(rows * table.columns[first], threads)
         elif kind == ATTENTION:
-            count = tokens * shape.kv_heads * spans
+            count = ceil_div(tokens, TOKENS) * shape.kv_heads * spans
         elif stage > STAGES * shape.layers:
             count = chunk_count(rows * shape.hidden * table.head_bytes, threads)
         else:
@@ -126,7 +133,7 @@ def step(
             if last:
                 multiply(layer, first, last, row, end_row, table, work, tokens, kernel)
             elif kind == ATTENTION:
-                attention_chunk(shape, cache, work, layer, index, start, spans, thread)
+                attention_chunk(shape, cache, work, layer, index, start, tokens, spans, thread)
             elif stage > STAGES * shape.layers:
                 x = work.normed[tokens - len(logits) : tokens, : shape.hidden]
                 scales = table.head_scales
@@ -179,26 +186,27 @@ def fetch_rows(layer, m, row, table):
 
 
 @jit
-def attention_chunk(shape, cache, work, layer, chunk, start, spans, thread):
-    """One token, the query heads of one KV head, and one span of positions."""
-    group = shape.heads // shape.kv_heads
-    token, rest = chunk // (spans * shape.kv_heads), chunk % (spans * shape.kv_heads)
-    kv_head, span = rest // spans, rest % spans
-    heads, slot = slice(kv_head * group, (kv_head + 1) * group), token * spans + span
-    first = span * SPAN
-    positions = min(start + token + 1 - first, SPAN)
-    if positions <= 0:  # a later token looks back at this span, this one can't yet
+def attention_chunk(shape, cache, work, layer, chunk, start, tokens, spans, thread):
+    """A few tokens, the query heads of one KV head, and one span of positions."""
+    group, tiles = shape.heads // shape.kv_heads, ceil_div(tokens, TOKENS)
+    # tiles last: what one has read is still in the second-level cache for the next
+    kv_head, rest = chunk // (spans * tiles), chunk % (spans * tiles)
+    span, token = rest // tiles, rest % tiles * TOKENS
+    end, first = min(tokens, token + TOKENS), span * SPAN
+    heads = slice(kv_head * group, (kv_head + 1) * group)
+    slots = slice(token * spans + span, end * spans, spans)
+    if start + end <= first:  # a later token looks back at this span, these can't yet
         return
     attend(
-        work.queries[token, heads],
+        work.queries[token:end, heads],
         cache.keys[layer, kv_head, first:],
         cache.values[layer, kv_head, first:],
-        positions,
+        start + token + 1 - first,
         shape.score_scale,
         work.scores[thread],
-        work.mixed[slot, heads],
-        work.largest[slot, heads],
-        work.total[slot, heads],
+        work.mixed[slots, heads],
+        work.largest[slots, heads],
+        work.total[slots, heads],
     )
 
 
