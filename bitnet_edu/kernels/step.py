@@ -21,7 +21,7 @@ from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit
 from bitnet_edu.kernels.head import head_rows
 from bitnet_edu.kernels.pointwise import add_sums, norm_and_quantize, squared_relu
 from bitnet_edu.kernels.simd import fetch, ternary_rows
-from bitnet_edu.kernels.threads import chunk_count, finish, finished, take, wait_for
+from bitnet_edu.kernels.threads import chunk_count, finish, finished, now, take, wait_for
 
 STAGE_NAMES = (
     "input norm",
@@ -37,6 +37,8 @@ STAGE_NAMES = (
 )
 STAGES = len(STAGE_NAMES)
 INPUT, QKV, ROTATION, ATTENTION, HEADS, OUTPUT, MIDDLE, GATE_UP, SQUARED_RELU, DOWN = range(STAGES)
+PART_NAMES = ("ternary products", "attention", "pointwise", "head")  # of a profile
+PRODUCTS, ATTENDING, POINTWISE, HEAD = range(len(PART_NAMES))
 FETCH = 32768  # bytes of weights that a waiting thread asks for: what its caches have room for
 
 
@@ -86,6 +88,7 @@ class Work(NamedTuple):
     total: np.ndarray  # float32[slots, heads], its sum of exp(score - largest)
     scores: np.ndarray  # float32[threads, TOKENS, heads / kv_heads, STRETCH]
     fault: np.ndarray  # int64[1]: 0, or 1 + the first stage whose input held NaN or Inf
+    ticks: np.ndarray  # int64[threads, >= 4] nanoseconds of each part, or [0, 0]: nobody asks
 
 
 class Cache(NamedTuple):
@@ -109,18 +112,21 @@ def step(
     there are, nor on the threads: a logit is the same to the bit however a text is cut into calls.
     """
     spans = ceil_div(start + tokens, SPAN)
-    done = 0
+    done, timed = 0, len(work.ticks) > 0
     chunk = take(counters)
     for stage in range(begin, end):
         layer, kind = stage // STAGES, stage % STAGES
         first, last = stage_matrices(kind) if layer < shape.layers else (0, 0)
-        rows = shape.vocab
+        rows, part = shape.vocab, POINTWISE
         if last:
+            part = PRODUCTS
             rows = table.rows[first:last].sum()
             count = chunk_count(rows * table.columns[first], threads)
         elif kind == ATTENTION:
+            part = ATTENDING
             count = ceil_div(tokens, TOKENS) * shape.kv_heads * spans
         elif stage > STAGES * shape.layers:
+            part = HEAD
             count = chunk_count(rows * shape.hidden * table.head_bytes, threads)
         else:
             count = tokens
@@ -130,6 +136,7 @@ def step(
             if last and tokens == 1 and not finished(counters, done):
                 fetch_rows(layer, first, row, table)
             wait_for(counters, done)
+            began = now() if timed else 0
             if last:
                 multiply(layer, first, last, row, end_row, table, work, tokens, kernel)
             elif kind == ATTENTION:
@@ -140,6 +147,8 @@ def step(
                 head_rows(table.head, table.head_bytes, scales, x, row, end_row, logits)
             else:
                 pointwise(stage, index, shape, table, cache, work, start, spans)
+            if timed:
+                work.ticks[thread, part] += now() - began
             finish(counters)
             chunk = take(counters)
         done += count
