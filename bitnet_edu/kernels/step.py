@@ -76,8 +76,8 @@ class Work(NamedTuple):
     """The buffers between stages, for up to T tokens at a time."""
 
     x: np.ndarray  # float32[T, hidden], the residual stream
-    inner: np.ndarray  # float32[T, max(hidden, ffn)], what attention or squared ReLU made
-    normed: np.ndarray  # float32[T, max(hidden, ffn)]
+    inner: np.ndarray  # float32[T, max(hidden, ffn)], what attention or squared ReLU made, or a
+    normed: np.ndarray  # row for each thread (see `pointwise`); the same of normed
     q: np.ndarray  # int8[T, max(hidden, ffn)], quantized activations
     q_scale: np.ndarray  # float32[T]
     q_sum: np.ndarray  # int32[T]
@@ -107,7 +107,8 @@ def step(
     """Run work.x[:tokens], at positions start.., through the stages from `begin` to before `end`.
 
     Stage STAGES * layers is the last norm, which leaves the tokens in work.normed; the one after
-    it makes logits, float32[n, vocab], of the last n tokens. Called by several threads at once with
+    it makes logits, float32[n, vocab], of the last n tokens. A stage run alone leaves what it makes
+    for all tokens; else only what later stages need is kept. Called by several threads at once with
     the same arguments but for `thread`. What is computed for a token does not depend on how many
     there are, nor on the threads: a logit is the same to the bit however a text is cut into calls.
     """
@@ -146,7 +147,8 @@ def step(
                 scales = table.head_scales
                 head_rows(table.head, table.head_bytes, scales, x, row, end_row, logits)
             else:
-                pointwise(stage, index, shape, table, cache, work, start, spans)
+                row = index if end - begin == 1 else thread
+                pointwise(stage, index, row, shape, table, cache, work, start, spans)
             if timed:
                 work.ticks[thread, part] += now() - began
             finish(counters)
@@ -220,9 +222,15 @@ def attention_chunk(shape, cache, work, layer, chunk, start, tokens, spans, thre
 
 
 @jit
-def pointwise(stage, token, shape, table, cache, work, start, spans):
-    """What happens to one token between two matrices, or between a matrix and attention."""
+def pointwise(stage, token, row, shape, table, cache, work, start, spans):
+    """What happens to one token between two matrices, or between a matrix and attention.
+
+    row: of the buffers `inner` and `normed`, which a thread uses for all of its tokens, so that
+    they stay in its caches, unless somebody wants to see them.
+    """
     layer, kind = stage // STAGES, stage % STAGES
+    if layer == shape.layers:  # the head needs all
+        row = token
     x, x_scale = work.x[token], work.q_scale[token]
     if kind == ROTATION:
         rotate_and_store(
@@ -242,7 +250,7 @@ def pointwise(stage, token, shape, table, cache, work, start, spans):
                 note_fault(work, stage)
         return
     size = shape.ffn if kind == SQUARED_RELU else shape.hidden
-    sums, inner, normed = work.sums[token], work.inner[token, :size], work.normed[token, :size]
+    sums, inner, normed = work.sums[token], work.inner[row, :size], work.normed[row, :size]
     if kind == INPUT:
         inner, weight = x, table.input_norm[layer]
         if layer > 0:
