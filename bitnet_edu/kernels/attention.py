@@ -32,7 +32,7 @@ from bitnet_edu.kernels.simd import AHEAD, INT64, prefetch_line
 
 SPAN = 1024  # positions in a chunk when one token is decoded
 TOKENS = 8  # of a prompt that share the keys and values they look at
-STRETCH = 64  # positions looked at in one go: no more scores of a token than this exist at a time
+STRETCH = 128  # positions looked at in one go: no more scores of a token than this exist at a time
 BLOCK = 32  # positions whose keys, then values, stay in the first-level cache for all TOKENS
 TILE = 4  # positions, and query heads, that share loads
 PAD = 64  # numbers of a head's answer that are kept in registers
