@@ -1,8 +1,9 @@
 """How fast is it here, and how fast could it be? Speeds next to the memory's own, in one run.
 
 A decode step reads every weight once, so memory sets a limit that no program beats: bytes of the
-weights / bytes a second. That bandwidth drifts on a shared machine. So each repeat measures
-everything once, one after the other, and `roofline_share` compares what was measured side by side.
+weights / bytes a second. A prefill uses each weight for many tokens, so arithmetic sets its limit:
+int8 multiply-adds a second. Both drift on a shared machine. So each repeat measures everything
+once, one after the other, and shares of a limit compare what was measured side by side.
 """
 
 import multiprocessing
@@ -21,6 +22,8 @@ from bitnet_edu.errors import BitNetError, ContextLengthError, InputError, requi
 from bitnet_edu.generate import BitNetLM
 from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit, pointer
 from bitnet_edu.kernels.border import address
+from bitnet_edu.kernels.peak import operands, products_of_a_chunk, spin
+from bitnet_edu.kernels.simd import kernel_index
 from bitnet_edu.kernels.threads import checked_threads, finish, run, take, wait_for
 from bitnet_edu.model import BitNet, KVCache
 from bitnet_edu.proof.transformers import serve_timings
@@ -34,6 +37,9 @@ SHAPES = {"2b4t": BITNET_2B4T}
 CONTEXTS = (64, 512, 2048)
 DECODE_TOKENS = 16  # for each measurement
 PREFILL_TOKENS = 512
+PROMPTS = (128, 512, 2048)  # tokens, for the share of the int8 peak and the profile
+LONG_PROMPT = 1024  # from here on a prompt takes seconds: once a run is enough
+PEAK_CHUNKS = 256  # for each thread, about 20 ms
 READ_CHUNK = 2**22
 BUSY = 10  # percent of the machine that others may use before we warn
 
@@ -50,6 +56,7 @@ def benchmark(
     cache_dtype: str = "float32",
     screen: int | None = None,
     ternarize: bool = False,
+    profile: bool = False,
     progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Measure a model; the result is ready for JSON, speeds as {min, median, max}.
@@ -58,7 +65,8 @@ def benchmark(
     process of its own, taking turns. contexts: tokens in the KV cache while decoding, those that
     fit; the first is the one of `decode_tokens_per_second`. prompt_tokens: of the prefill.
     cache_dtype: "float32" or "float16". screen: only so many best logits stay exact (see
-    `BitNet.screen_head`). ternarize: as for `load`. progress: told what is being done. Raises
+    `BitNet.screen_head`). ternarize: as for `load`. profile: also where the time of prompts goes,
+    and of a decode step (see `BitNet.profile`). progress: told what is being done. Raises
     InputError, ContextLengthError if no context fits, and what loading raises.
     """
     if shape not in (None, *SHAPES) or against not in (None, "transformers"):
@@ -82,7 +90,7 @@ def benchmark(
             model.screen_head(screen)
         other = _Other(source, model.threads) if against else None
         try:
-            return {
+            result = {
                 "model": shape or source,
                 "cpu": cpu_name(),
                 "threads": model.threads,
@@ -100,6 +108,12 @@ def benchmark(
                 ),
                 "peak_rss_bytes": peak_memory(),
             }
+            if profile:
+                progress("profile")
+                result["profile"] = _profile(
+                    model, result["parts_context"], np.dtype(cache_dtype).type
+                )
+            return result
         finally:
             if other:
                 other.stop()
@@ -148,11 +162,14 @@ def _measure(
             f"at contexts of at most {most - DECODE_TOKENS}"
         )
     prompt = np.arange(min(prompt_tokens, most)) % model.config.vocab_size
+    prompts = [n for n in PROMPTS if n <= most]
     cache = _filled_cache(model, max(contexts) + DECODE_TOKENS, cache_dtype)
     progress("compiling")
     _decode(model, cache, contexts[0])
     model.forward(prompt[:5], model.new_cache(5))
     bandwidth, prefill, theirs = [], [], []
+    peaks: list[float] = []
+    shares_of_peak: dict[int, list[float]] = {n: [] for n in prompts}
     decode: list[list[float]] = [[] for _ in contexts]
     parts: list[dict[str, float]] = []
     for repeat in range(repeats):
@@ -161,9 +178,12 @@ def _measure(
         for n, speeds in zip(contexts, decode, strict=True):
             speeds.append(_decode(model, cache, n))
         parts.append(_parts(model, cache, contexts[-1]))
-        start = time.perf_counter()
-        model.forward(prompt, model.new_cache(len(prompt)))
-        prefill.append(len(prompt) / (time.perf_counter() - start))
+        peaks.append(int8_peak(model.engine))
+        due = [n for n in prompts if n < LONG_PROMPT or repeat == 0]
+        seconds = {n: _prefill(model, n) for n in {*due, len(prompt)}}
+        prefill.append(len(prompt) / seconds[len(prompt)])
+        for n in due:
+            shares_of_peak[n].append(_products(model, n) / seconds[n] / peaks[-1])
         if other:
             theirs.append(other.measure(contexts[0], len(prompt)))
     size = sum(array.nbytes for array in model.engine.arrays_of_a_token)
@@ -176,6 +196,10 @@ def _measure(
         "decode_tokens_per_second": _spread(decode[0]),
         "prefill_tokens_per_second": _spread(prefill),
         "prefill_tokens": len(prompt),
+        "int8_peak_multiply_adds_per_second": float(np.median(peaks)),
+        "prefill_share_of_int8_peak": {
+            str(n): float(np.median(found)) for n, found in shares_of_peak.items()
+        },
         "cache_dtype": np.dtype(cache_dtype).name,
         "contexts": [
             {"context": n, "decode_tokens_per_second": _spread(speeds)}
@@ -220,22 +244,56 @@ def _decode(model: BitNetLM, cache: KVCache, context: int) -> float:
     return DECODE_TOKENS / (time.perf_counter() - start)
 
 
+def _prefill(model: BitNetLM, tokens: int) -> float:
+    """Seconds of a prompt of so many tokens."""
+    prompt = np.arange(tokens) % model.config.vocab_size
+    cache = model.new_cache(tokens)
+    start = time.perf_counter()
+    model.forward(prompt, cache)
+    return time.perf_counter() - start
+
+
+def _products(model: BitNetLM, tokens: int) -> int:
+    """Multiply-adds of a prompt's ternary products: no decoding, attention or head among them."""
+    matrices = sum(rows * columns for rows, columns in model.config.matrix_shapes.values())
+    return tokens * model.config.num_hidden_layers * matrices
+
+
 def _parts(model: BitNetLM, cache: KVCache, context: int) -> dict[str, float]:
-    """Seconds of a decode step that would be saved without each part."""
-
-    def seconds(context: int, **without: bool) -> float:
-        return min(model.engine.time_step(cache, context, **without) for _ in range(3))
-
-    whole = seconds(context)
-    parts = {
-        "ternary products": whole - seconds(context, products=False),
-        "head": whole - seconds(context, head=False),
-        "attention": whole - seconds(0),
-    }
-    return parts | {"rest": whole - sum(parts.values())}
+    """Seconds of a decode step, part by part."""
+    steps = []
+    for _ in range(DECODE_TOKENS):
+        cache.length = context
+        steps.append(model.engine.profile([0], cache))
+    return {name: float(np.median([step[name] for step in steps])) for name in steps[0]}
 
 
-# --- The memory ----------------------------------------------------------------------------------
+def _profile(model: BitNetLM, context: int, dtype: type) -> list[dict[str, Any]]:
+    """Where the time goes, for prompts and for one token after `context` others."""
+    most = model.config.max_position_embeddings
+    entries = []
+    for n in (n for n in PROMPTS if n <= most):
+        prompt = np.arange(n) % model.config.vocab_size
+        seconds = model.engine.profile(prompt, model.new_cache(n, dtype))
+        entries.append({"tokens": n, "context": 0, "seconds": seconds})
+    cache = _filled_cache(model, context + 1, dtype)
+    entries.append({"tokens": 1, "context": context, "seconds": _parts(model, cache, context)})
+    return entries
+
+
+# --- The limits ----------------------------------------------------------------------------------
+
+
+def int8_peak(engine: BitNet) -> float:
+    """int8 multiply-adds a second of the engine's threads and kernel, without memory in the way."""
+    codes, x, sums = operands(engine.kernel, engine.threads)
+    chunks = PEAK_CHUNKS * engine.threads
+    rates = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run(spin, (kernel_index(engine.kernel), codes, x, sums, chunks), engine.threads)
+        rates.append(chunks * products_of_a_chunk(engine.kernel) / (time.perf_counter() - start))
+    return float(max(rates))
 
 
 def read_bandwidth(engine: BitNet) -> float:
@@ -334,6 +392,8 @@ def render(result: dict[str, Any]) -> "Group":
     if theirs := result.get("transformers"):
         row(table, "transformers, decode", theirs["decode_tokens_per_second"])
         row(table, "transformers, prefill", theirs["prefill_tokens_per_second"])
+    shares = result["prefill_share_of_int8_peak"].items()
+    reached = ", ".join(f"{share:.0%} at {n} tokens" for n, share in shares)
     parts = ", ".join(f"{k} {1e3 * v:.2f}" for k, v in result["parts_seconds"].items())
     lines = [
         f"{result['cpu']}, {result['kernel']} kernel, {result['cache_dtype']} KV cache",
@@ -341,10 +401,18 @@ def render(result: dict[str, Any]) -> "Group":
         f"{result['bytes_per_token'] / 1e6:,.1f} MB: at most "
         f"{result['roofline_tokens_per_second']:,.1f} tokens/s, "
         f"{result['roofline_share']:.0%} of it reached",
+        f"at most {result['int8_peak_multiply_adds_per_second'] / 1e9:,.0f} billion int8 "
+        f"multiply-adds/s; a prompt's products reach {reached}",
         f"one token at context {result['parts_context']}, ms: {parts}",
         f"loaded in {result['load_seconds']:.3f} s, at most "
         f"{result['peak_rss_bytes'] / 1e9:.2f} GB of memory",
     ]
+    for entry in result.get("profile", ()):
+        whole = sum(entry["seconds"].values())
+        split = ", ".join(f"{k} {v / whole:.1%}" for k, v in entry["seconds"].items())
+        after = f" after {entry['context']}" if entry["context"] else ""
+        plural = "s" * (entry["tokens"] > 1)
+        lines.append(f"{entry['tokens']} token{plural}{after}, {whole:.3f} s: {split}")
     if theirs:
         lines.append(
             f"transformers: loaded in {theirs['load_seconds']:.1f} s, at most "

@@ -208,6 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--screen", type=int, metavar="K", help="read half the head; the K best words stay exact"
     )
+    verb.add_argument("--profile", action="store_true", help="also show where the time goes")
     add_json(verb)
 
     add_json(add_verb(verbs, doctor, "bitnet-edu doctor"))
@@ -430,7 +431,8 @@ def bench(args: argparse.Namespace) -> int:
     """Measure decode, prefill and memory, and say how much of this machine's speed is reached.
 
     A decode step reads every weight once: memory bandwidth, measured in the same run, sets the
-    limit. On stderr: what is being done, and a warning if other programs are at work.
+    limit. That of a prompt is the processor's int8 arithmetic, measured likewise. On stderr: what
+    is being done, and a warning if other programs are at work.
     """
     from bitnet_edu.benchmark import benchmark, busy_warning, render
 
@@ -444,6 +446,7 @@ def bench(args: argparse.Namespace) -> int:
         contexts=args.contexts,
         cache_dtype=args.cache,
         screen=args.screen,
+        profile=args.profile,
         progress=lambda message: print(message, file=sys.stderr),
     )
     if args.json:

@@ -17,7 +17,7 @@ import numpy as np
 
 from bitnet_edu.container import memory_limit
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError, require_whole
-from bitnet_edu.kernels.attention import PAD, SPAN, STRETCH, TILE
+from bitnet_edu.kernels.attention import PAD, SPAN, STRETCH, TILE, TOKENS
 from bitnet_edu.kernels.bits import has_float16
 from bitnet_edu.kernels.border import address, aligned_zeros, checked, release
 from bitnet_edu.kernels.head import Screen
@@ -33,6 +33,7 @@ from bitnet_edu.kernels.simd import (
 from bitnet_edu.kernels.step import (
     INPUT,
     MIDDLE,
+    PART_NAMES,
     ROTATION,
     STAGE_NAMES,
     STAGES,
@@ -43,7 +44,13 @@ from bitnet_edu.kernels.step import (
     stage_matrices,
     step,
 )
-from bitnet_edu.kernels.threads import checked_threads, default_threads, run, run_long
+from bitnet_edu.kernels.threads import (
+    MOST_THREADS,
+    checked_threads,
+    default_threads,
+    run,
+    run_long,
+)
 from bitnet_edu.kernels.tuning import Tuning, packing_of, tuning_for
 from bitnet_edu.layers import Observer, rope_frequencies
 from bitnet_edu.sampling import Sampling, sample
@@ -54,6 +61,7 @@ SLOTS = 4 * BATCH  # of attention: a token in each span of positions that it loo
 LONG = 2**31  # bytes of weights times tokens from which on Ctrl-C can't wait for the end
 WORTH_A_THREAD = 2**21  # bytes of weights times tokens: for less, waking another is not worth it
 HEAD_DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
+NOT_TIMED = np.zeros((0, 0), np.int64)
 INNER = {"o_proj": "attention", "down_proj": "feed_forward"}  # what the two SubLNs normalize
 
 
@@ -290,6 +298,7 @@ class BitNet:
         scores: np.ndarray,
         observe: Observer | None,
         screened: bool = False,
+        ticks: np.ndarray = NOT_TIMED,
     ) -> None:
         """All layers, tile by tile; the cache grows by T, the last n tokens fill `scores`."""
         with self._lock:
@@ -304,7 +313,9 @@ class BitNet:
             for first, last in _tiles(cache.length, len(ids)):
                 rows = scores[max(0, first - before) : max(0, last - before)]
                 start = cache.length + first
-                work = self._run(ids[first:last], cache, start, rows, table, settings, observe)
+                work = self._run(
+                    ids[first:last], cache, start, rows, table, settings, observe, ticks
+                )
             if screened:
                 x = work.normed[last - first - 1, : self._shape.hidden]
                 self._screen.settle(scores[0], x, settings.screen)
@@ -329,12 +340,14 @@ class BitNet:
         table: Table,
         settings: Settings,
         observe: Observer | None,
+        ticks: np.ndarray,
     ) -> Work:
         """One tile of tokens through all stages; the last ones fill `scores`, float32[n, vocab]."""
         work, tokens = self._work_for(settings.threads), len(ids)
         work.x[:tokens] = self.weights.embedding[ids]
         work.fault[0] = 0
-        args = self._shape, table, cache._arrays, work, scores, start, tokens
+        timed = work._replace(ticks=ticks)
+        args = self._shape, table, cache._arrays, timed, scores, start, tokens
         kernel = kernel_index(settings.kernel)
         size = tokens * self._bytes
         threads = min(settings.threads, 1 + size // WORTH_A_THREAD)
@@ -394,6 +407,24 @@ class BitNet:
             start = time.perf_counter()
             run(step, (*args, kernel, threads), threads)
             return time.perf_counter() - start
+
+    def profile(self, ids: np.ndarray, cache: KVCache) -> dict[str, float]:
+        """Append int[T] tokens to the cache; the seconds that this took, part by part.
+
+        Each of the `PART_NAMES` is the time that threads worked on it, averaged over them. What is
+        left of the whole is "waiting": for each other, for a helper to begin, and for Python.
+        A core that another program takes in the middle of a chunk counts as work. Errors as for
+        `forward`.
+        """
+        ids = self._checked(ids)
+        scores = np.empty((1, self.config.vocab_size), np.float32)
+        ticks = aligned_zeros((MOST_THREADS, 8), np.int64)  # a cache line for each thread
+        threads, start = self.threads, time.perf_counter()
+        self._body(ids, cache, scores, None, screened=True, ticks=ticks)
+        whole = time.perf_counter() - start
+        seconds = ticks.sum(axis=0) / 1e9 / threads
+        parts = {name: float(s) for name, s in zip(PART_NAMES, seconds, strict=False)}
+        return parts | {"waiting": whole - sum(parts.values())}
 
     def _show(
         self, stage: int, cache: KVCache, work: Work, start: int, tokens: int, observe: Observer
@@ -513,9 +544,12 @@ class BitNet:
             mixed=aligned_zeros((slots, heads, numbers), np.float32),
             largest=aligned_zeros((slots, heads), np.float32),
             total=aligned_zeros((slots, heads), np.float32),
-            scores=aligned_zeros((threads, heads // c.num_key_value_heads, STRETCH), np.float32),
+            scores=aligned_zeros(
+                (threads, TOKENS, heads // c.num_key_value_heads, STRETCH), np.float32
+            ),
             codes=aligned_zeros((threads, scratch_size(wide, BATCH)), np.uint8),
             fault=aligned_zeros((1,), np.int64),
+            ticks=NOT_TIMED,
         )
 
 

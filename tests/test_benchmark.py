@@ -13,6 +13,7 @@ from bitnet_edu.generate import BitNetLM
 from bitnet_edu.kernels.simd import supported_kernels
 from bitnet_edu.weights import BitNetConfig, random_weights
 
+PARTS = {"ternary products", "attention", "pointwise", "head", "waiting"}
 SMALL = BitNetConfig(512, 128, 256, 2, 4, 2, 300, 500000.0, 1e-5, None, ())
 
 
@@ -40,7 +41,32 @@ def test_all_fields_of_the_design_are_there_and_agree():
     assert result["peak_rss_bytes"] > 10**7
     assert result["load_seconds"] > 0
     assert [entry["context"] for entry in result["contexts"]] == [64]
-    assert set(result["parts_seconds"]) == {"ternary products", "head", "attention", "rest"}
+    assert set(result["parts_seconds"]) == PARTS
+    assert result["int8_peak_multiply_adds_per_second"] > 10**6
+    assert list(result["prefill_share_of_int8_peak"]) == ["128"]  # what fits in this context
+    assert 0 < result["prefill_share_of_int8_peak"]["128"] < 10
+    assert "profile" not in result
+
+
+def test_share_of_the_peak_counts_every_product_once(monkeypatch):
+    """A second for any prompt, a peak of one product a second: the share is their number."""
+    monkeypatch.setattr(module, "int8_peak", lambda engine: 1.0)
+    monkeypatch.setattr(module, "_prefill", lambda model, tokens: 1.0)
+    result = benchmark(shape="2b4t", repeats=1, contexts=[4])
+    matrices = sum(rows * columns for rows, columns in SMALL.matrix_shapes.values())
+    assert result["prefill_share_of_int8_peak"] == {"128": 128 * 2 * matrices}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_profile_accounts_for_all_of_the_time(threads):
+    result = benchmark(shape="2b4t", repeats=1, contexts=[4], threads=threads, profile=True)
+    prompt, token = result["profile"]
+    assert (prompt["tokens"], prompt["context"]) == (128, 0)
+    assert (token["tokens"], token["context"]) == (1, 4)
+    for entry in (prompt, token):
+        assert set(entry["seconds"]) == PARTS
+        assert min(entry["seconds"].values()) > 0
+    assert json.loads(json.dumps(result)) == result
 
 
 def test_screened_head_reads_fewer_bytes():
@@ -75,7 +101,7 @@ def test_warns_when_the_machine_is_busy(monkeypatch):
 def test_the_table_shows_every_speed():
     from rich.console import Console
 
-    result = benchmark(shape="2b4t", repeats=1, contexts=[4, 32])
+    result = benchmark(shape="2b4t", repeats=1, contexts=[4, 32], profile=True)
     speed = {"min": 1.0, "median": 2.0, "max": 3.0}
     result["transformers"] = {
         "decode_tokens_per_second": speed,
@@ -86,7 +112,17 @@ def test_the_table_shows_every_speed():
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(render(result))
     text = console.export_text()
-    for words in ("context 4 ", "context 32", "prefill", "transformers, decode", "5.00 GB", "GB/s"):
+    for words in (
+        "context 4 ",
+        "context 32",
+        "prefill",
+        "transformers, decode",
+        "5.00 GB",
+        "GB/s",
+        "int8",
+        "at 128 tokens",
+        "1 token after 32",
+    ):
         assert words in text
 
 

@@ -13,6 +13,7 @@ from bitnet_edu.kernels.attention import SPAN
 from bitnet_edu.kernels.bits import has_float16
 from bitnet_edu.kernels.head import Screen
 from bitnet_edu.kernels.simd import supported_kernels
+from bitnet_edu.kernels.step import PART_NAMES
 from bitnet_edu.model import BATCH, BitNet, Settings, _tiles
 from bitnet_edu.packing import pack_base3_rows
 from bitnet_edu.reference import BitNetReference
@@ -385,6 +386,24 @@ def test_a_timed_step_stays_within_its_cache():
             model.time_step(cache, context)
     with pytest.raises(InputError, match="another model"):
         model.time_step(model_of(config(layers=3)).new_cache(16), 3)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_profile_is_a_forward_of_which_each_part_is_timed(threads):
+    model = model_of(config())
+    model.threads = threads
+    ids = ids_of(model.config, 300)
+    expected, cache = model.new_cache(300), model.new_cache(300)
+    model.forward(ids, expected)
+    parts = model.profile(ids, cache)
+    assert list(parts) == [*PART_NAMES, "waiting"]
+    assert min(parts.values()) > 0
+    assert sum(parts.values()) < 100
+    np.testing.assert_array_equal(cache.keys, expected.keys)
+    with pytest.raises(ContextLengthError):
+        model.profile(ids[:1], cache)
+    with pytest.raises(InputError):
+        model.profile([], cache)
 
 
 def test_threads_that_change_in_the_middle_of_a_step():

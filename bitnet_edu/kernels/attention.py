@@ -1,15 +1,17 @@
-"""Attention over the KV cache, one token and one KV head at a time.
+"""Attention over the KV cache, a few tokens and one KV head at a time.
 
 The cache is float32, or float16 in uint16 clothes (Numba has no float16). Its heads are padded with
 zeros to a multiple of `PAD` numbers, and its positions to a multiple of `TILE`, so that the two
 tiles below, written in LLVM's vectors like that of simd.py, need no remainders.
 """
 
+import functools
 import math
+from collections.abc import Iterable
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -17,19 +19,21 @@ from bitnet_edu.kernels.bits import (
     FLOATS,
     as_float,
     at,
+    fused_jit,
     is_full_half,
     jit,
     load_floats,
-    max_jit,
     multiply_add,
     narrow,
+    pointer,
     sum_jit,
 )
-from bitnet_edu.kernels.simd import AHEAD, INT64, prefetch_line, sum_lanes
+from bitnet_edu.kernels.simd import AHEAD, INT64, prefetch_line
 
 SPAN = 1024  # positions in a chunk when one token is decoded
-STRETCH = 256  # positions looked at in one go: no more scores than this exist at a time
-BLOCK = 16  # positions whose values stay in the first-level cache while they are used
+TOKENS = 8  # of a prompt that share the keys and values they look at
+STRETCH = 128  # positions looked at in one go: no more scores of a token than this exist at a time
+BLOCK = 32  # positions whose keys, then values, stay in the first-level cache for all TOKENS
 TILE = 4  # positions, and query heads, that share loads
 PAD = 64  # numbers of a head's answer that are kept in registers
 
@@ -74,66 +78,100 @@ def holds_infinity(halves):
 
 
 @jit
-def attend(queries, keys, values, positions, scale, scores, mixed, largest, total):
-    """mixed[h] = sum of exp(score - largest[h]) * value over all positions, total[h] = sum of exp.
+def attend(queries, keys, values, seen, scale, scores, mixed, largest, total):
+    """mixed[t, h] = sum of exp(score - largest[t, h]) * value, total[t, h] = sum of exp.
 
-    queries, mixed: float32[group, size], keys, values: [>= positions, size], largest, total:
-    float32[group]; scores: scratch, float32[group, STRETCH]. A running maximum and sum keep it to
-    one pass (online softmax: Milakov and Gimelshein, arXiv 1805.02867).
+    The sums go over the positions that token t sees: seen + t, of SPAN at most. queries, mixed:
+    float32[tokens, group, size], keys, values: [>= all positions, size], largest, total:
+    float32[tokens, group]; scores: scratch, float32[>= tokens, group, STRETCH]. A running maximum
+    and sum keep it to one pass (online softmax: Milakov and Gimelshein, arXiv 1805.02867).
+
+    What is computed for a token, and in which order, does not depend on those beside it: they only
+    share the keys and values that are in the first-level cache.
     """
-    group, size = queries.shape
+    tokens, group, size = queries.shape
     mixed[:] = 0
     largest[:] = -np.inf
     total[:] = 0
-    for first in range(0, positions, STRETCH):
-        count = min(STRETCH, positions - first)
-        score(queries, keys[first:], count, scale, scores)
-        for head in range(group):
-            row, before = scores[head, :count], largest[head]
-            largest[head] = max(before, maximum(row))
-            shrink = math.exp(before - largest[head])
-            exponentials(row, largest[head])
-            total[head] = total[head] * shrink + add_up(row)
-            for i in range(size):
-                mixed[head, i] *= shrink
-        mix(scores, values[first:], count, mixed)
+    # addresses: a slice of an array would count its owners, as slow as a few dot products
+    q, k, v, s, m = at(queries), at(keys), at(values), at(scores), at(mixed)
+    k_row, v_row, like = keys.strides[0], values.strides[0], keys[0, 0]
+    for first in range(0, min(seen + tokens - 1, SPAN), STRETCH):
+        for i in range(first, first + STRETCH, BLOCK):
+            for t in range(tokens):
+                count, out = min(seen + t - i, BLOCK), s + t * scores.strides[0] + 4 * (i - first)
+                query = q + t * queries.strides[0]
+                score(query, k + i * k_row, k_row, count, group, size, scale, out, like)
+        for t in range(max(0, first + 1 - seen), tokens):
+            row, sums = s + t * scores.strides[0], m + t * mixed.strides[0]
+            most, all_ = at(largest) + t * largest.strides[0], at(total) + t * total.strides[0]
+            weigh(row, seen + t - first, group, size, most, all_, sums)
+        for i in range(first, first + STRETCH, BLOCK):
+            for t in range(tokens):
+                count, row = min(seen + t - i, BLOCK), s + t * scores.strides[0] + 4 * (i - first)
+                mix(row, v + i * v_row, v_row, count, group, size, m + t * mixed.strides[0], like)
 
 
 @jit
-def score(queries, keys, count, scale, scores):
-    """scores[h, i] = scale * dot(queries[h], keys[i]) for i < count, rounded up to a full tile."""
-    group, size = queries.shape
-    q_row, k_row, s_row = queries.strides[0], keys.strides[0], scores.strides[0]
-    q, k, s, like = at(queries), at(keys), at(scores), keys[0, 0]
+def score(queries, keys, key_row, count, group, size, scale, scores, like):
+    """scores[h, i] = scale * dot(queries[h], keys[i]) for i < count, rounded up to a full tile.
+
+    Arrays are addresses here and below, of float32[group, STRETCH] and float32[group, size], but
+    for keys and values, whose numbers are of the type of `like` and whose rows are key_row apart.
+    """
+    q_row, s_row = 4 * size, 4 * STRETCH
     for i in range(0, count, TILE):
+        k, place = keys + i * key_row, scores + 4 * i
         for head in range(0, group - TILE + 1, TILE):
-            place = s + head * s_row + 4 * i
-            _scores_of_four(
-                q + head * q_row, q_row, k + i * k_row, k_row, size, scale, place, s_row, like
-            )
+            q, out = queries + head * q_row, place + head * s_row
+            _scores_of_four(q, q_row, k, key_row, size, scale, out, s_row, like)
         for head in range(group // TILE * TILE, group):
-            place = s + head * s_row + 4 * i
-            _scores_of_one(
-                q + head * q_row, q_row, k + i * k_row, k_row, size, scale, place, s_row, like
-            )
+            q, out = queries + head * q_row, place + head * s_row
+            _scores_of_one(q, q_row, k, key_row, size, scale, out, s_row, like)
 
 
 @jit
-def mix(scores, values, count, mixed):
-    """mixed[h] += sum of scores[h, i] * values[i] over i < count."""
-    group, size = mixed.shape
-    s_row, v_row, m_row = scores.strides[0], values.strides[0], mixed.strides[0]
-    s, m, like = at(scores), at(mixed), values[0, 0]
-    for i in range(0, count, BLOCK):
-        rows = min(BLOCK, count - i)
-        for part in range(0, size, PAD):
-            v = at(values[i, part:])
-            for head in range(0, group - TILE + 1, TILE):
-                w, place = s + head * s_row + 4 * i, m + head * m_row + 4 * part
-                _mix_four(w, s_row, v, v_row, rows, place, m_row, like)
-            for head in range(group // TILE * TILE, group):
-                w, place = s + head * s_row + 4 * i, m + head * m_row + 4 * part
-                _mix_one(w, s_row, v, v_row, rows, place, m_row, like)
+def weigh(scores, count, group, size, largest, total, mixed):
+    """Make weights of the first `count` scores; shrink what was mixed if there is a larger score.
+
+    largest, total: float32[group], at addresses too. Three loops, so that heads overlap.
+    """
+    largest, total = _floats(largest, group), _floats(total, group)
+    for head in range(group):
+        row, before = _floats(scores + 4 * head * STRETCH, STRETCH), largest[head]
+        row[count:] = -np.inf
+        largest[head] = max(before, _largest(at(row)))
+        if largest[head] != before:
+            shrink = math.exp(before - largest[head])
+            total[head] *= shrink
+            sums = _floats(mixed + 4 * head * size, size)
+            for i in range(size):
+                sums[i] *= shrink
+    for head in range(group):
+        exponentials(_floats(scores + 4 * head * STRETCH, STRETCH), largest[head])
+    for head in range(group):
+        row = _floats(scores + 4 * head * STRETCH, STRETCH)
+        row[count:] = 0
+        total[head] += add_up(row)
+
+
+@jit
+def mix(weights, values, value_row, count, group, size, mixed, like):
+    """mixed[h] += sum of weights[h, i] * values[i] over i < count."""
+    w_row, m_row, number = 4 * STRETCH, 4 * size, value_row // size
+    for part in range(0, size, PAD):
+        v, place = values + part * number, mixed + 4 * part
+        for head in range(0, group - TILE + 1, TILE):
+            w, out = weights + head * w_row, place + head * m_row
+            _mix_four(w, w_row, v, value_row, count, out, m_row, like)
+        for head in range(group // TILE * TILE, group):
+            w, out = weights + head * w_row, place + head * m_row
+            _mix_one(w, w_row, v, value_row, count, out, m_row, like)
+
+
+@jit
+def _floats(place, count):
+    return carray(pointer(place, np.float32), count)
 
 
 def _score_tile(heads: int):
@@ -161,10 +199,11 @@ def _score_tile(heads: int):
                 q = load_floats(builder, _row(builder, column, query_row, head))
                 for j, sum_ in enumerate(sums[head]):
                     builder.store(multiply_add(builder, q, k[j], builder.load(sum_)), sum_)
+        result = _sum_each(builder, [builder.load(sum_) for row in sums for sum_ in row])
+        result = builder.fmul(result, _broadcast(builder, scale, 16))
         for head in range(heads):
-            result = sum_lanes(builder, [builder.load(sum_) for sum_ in sums[head]])
-            result = builder.fmul(result, _broadcast(builder, scale, TILE))
-            _store(builder, result, _row(builder, out, out_row, head))
+            four = builder.shuffle_vector(result, result, _mask(range(4 * head, 4 * head + 4)))
+            _store(builder, four, _row(builder, out, out_row, head))
         return context.get_dummy_value()
 
     def typer(typingctx, queries, query_row, keys, key_row, size, scale, out, out_row, like):
@@ -220,6 +259,27 @@ _scores_of_four, _scores_of_one = _score_tile(TILE), _score_tile(1)
 _mix_four, _mix_one = _mix_tile(TILE), _mix_tile(1)
 
 
+def _sum_each(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+    """Lane i of the result is the sum of vector i, of 4 or 16 vectors of 16 lanes.
+
+    Half of the lanes of one vector and half of the other's, plus the other halves: four times.
+    """
+    for bit in (1, 2, 4, 8):
+        own = _mask(i if i & bit == 0 else 16 + i for i in range(16))
+        other = _mask(i ^ bit if i & bit == 0 else 16 + (i ^ bit) for i in range(16))
+        pairs = zip(vectors[::2], vectors[1::2] or vectors, strict=True)
+        vectors = [
+            builder.fadd(builder.shuffle_vector(a, b, own), builder.shuffle_vector(a, b, other))
+            for a, b in pairs
+        ]
+    return vectors[0]
+
+
+def _mask(lanes: Iterable[int]) -> ir.Constant:
+    lanes = list(lanes)
+    return ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
+
+
 def _row(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, index: int) -> ir.Value:
     return builder.add(address, builder.mul(stride, INT64(index)))
 
@@ -231,11 +291,10 @@ def _store(builder: ir.IRBuilder, vector: ir.Value, address: ir.Value) -> None:
 def _broadcast(builder: ir.IRBuilder, number: ir.Value, lanes: int) -> ir.Value:
     vector = ir.Constant(ir.VectorType(ir.FloatType(), lanes), ir.Undefined)
     vector = builder.insert_element(vector, number, ir.IntType(32)(0))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-    return builder.shuffle_vector(vector, vector, zeros)
+    return builder.shuffle_vector(vector, vector, _mask([0] * lanes))
 
 
-@jit
+@fused_jit
 def exponentials(x, largest):
     """x = exp(x - largest) to about 1e-7, in vectors.
 
@@ -256,13 +315,25 @@ def exponentials(x, largest):
         x[i] = p * as_float((k + 127) << 23)
 
 
-@max_jit
-def maximum(x):
-    """The largest; anything if there is NaN among them, which `exponentials` then passes on."""
-    largest = x[0]
-    for i in range(len(x)):
-        largest = max(largest, x[i])
-    return largest
+@intrinsic
+def _largest(typingctx, numbers):
+    """The largest of STRETCH float32 numbers at an address.
+
+    Anything if there is NaN among them, which `exponentials` then passes on.
+    """
+
+    def codegen(context, builder, signature, args):
+        def larger(a, b):
+            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+        places = [builder.add(args[0], INT64(4 * i)) for i in range(0, STRETCH, 16)]
+        largest = functools.reduce(larger, [load_floats(builder, place) for place in places])
+        for bit in (8, 4, 2, 1):
+            other = builder.shuffle_vector(largest, largest, _mask(i ^ bit for i in range(16)))
+            largest = larger(largest, other)
+        return builder.extract_element(largest, ir.IntType(32)(0))
+
+    return types.float32(types.int64), codegen
 
 
 @sum_jit

@@ -40,8 +40,8 @@ INNER = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 jit = register_jitable(**INNER)
 # Sums in any order, so that they vectorize. NaN and Inf stay what they are.
 sum_jit = register_jitable(**INNER, fastmath={"reassoc", "nsz"})
-# Largest numbers likewise, which takes a promise that none is NaN.
-max_jit = register_jitable(**INNER, fastmath={"nnan", "nsz"})
+# Products and sums in one instruction where there is one.
+fused_jit = register_jitable(**INNER, fastmath={"contract"})
 
 
 def cached_jit(function):

@@ -230,7 +230,7 @@ def _row(
 
     digits = 4 if decode is _two_bits else 5
     by_pairs = kernel.matrix and tokens > 1
-    places = _pairs(tokens, digits) if by_pairs else _singles(tokens, digits)
+    places = pairs(tokens, digits) if by_pairs else singles(tokens, digits)
     sums = [cgutils.alloca_once_value(builder, zero) for _ in places]
     with cgutils.for_range(builder, steps, intp=INT64) as loop:
         first = builder.mul(loop.index, INT64(STEP))
@@ -239,14 +239,14 @@ def _row(
                 prefetch_line(builder, builder.add(weights, builder.add(first, ahead)))
         for part in range(0, STEP, kernel.width):
             column = builder.add(first, INT64(part))
-            codes = decode(builder, kernel, _load(builder, builder.add(weights, column), bytes_))
+            codes = decode(builder, kernel, load_any(builder, builder.add(weights, column), bytes_))
             rows = (builder.add(x, builder.mul(x_stride, INT64(token))) for token in range(tokens))
-            q = [_load(builder, builder.add(row, column), bytes_) for row in rows]
+            q = [load_any(builder, builder.add(row, column), bytes_) for row in rows]
             for sum_, place in zip(sums, places, strict=True):
                 value = builder.load(sum_)
                 if by_pairs:
                     (t, k), *_, (t2, k2) = place
-                    value = _multiply_pairs(builder, value, codes[k][0], codes[k2][0], q[t], q[t2])
+                    value = multiply_pairs(builder, value, codes[k][0], codes[k2][0], q[t], q[t2])
                 else:
                     [(t, k)] = place
                     value = kernel.dot(builder, value, codes[k][0], q[t])
@@ -262,7 +262,7 @@ def _row(
         divisor = ir.Constant(total.type, [codes[k][1] for _, k in lanes])
         total = builder.sdiv(total, divisor, flags=("exact",))
         for lane, (token, k) in enumerate(lanes):
-            x_sum = _load(builder, builder.add(x_sums, INT64(4 * token)), INT32)
+            x_sum = load_any(builder, builder.add(x_sums, INT64(4 * token)), INT32)
             value = builder.sub(builder.extract_element(total, INT32(lane)), x_sum)
             row = builder.mul(out_row, INT64(k))
             index = builder.add(builder.mul(out_token, INT64(token)), row)
@@ -272,7 +272,7 @@ def _row(
                 _store(builder, value, builder.add(out, builder.mul(index, INT64(4))))
 
 
-def _load(builder: ir.IRBuilder, address: ir.Value, type_: ir.Type) -> ir.Value:
+def load_any(builder: ir.IRBuilder, address: ir.Value, type_: ir.Type) -> ir.Value:
     """A load of any alignment: a memory-mapped tensor may start anywhere."""
     return builder.load(builder.inttoptr(address, type_.as_pointer()), align=1)
 
@@ -281,19 +281,19 @@ def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
 
 
-def _singles(tokens: int, digits: int) -> list[list[tuple[int, int]]]:
+def singles(tokens: int, digits: int) -> list[list[tuple[int, int]]]:
     """Which (token, digit) each vector of sums belongs to."""
     return [[(token, k)] for token in range(tokens) for k in range(digits)]
 
 
-def _pairs(tokens: int, digits: int) -> list[list[tuple[int, int]]]:
+def pairs(tokens: int, digits: int) -> list[list[tuple[int, int]]]:
     """Which (token, digit) each of four sums belongs to; the fifth digit is its own partner."""
     seconds = [(k, min(k + 1, digits - 1)) for k in range(0, digits, 2)]
     firsts = range(0, tokens, 2)
     return [[(t + i, k) for k in pair for i in (0, 1)] for t in firsts for pair in seconds]
 
 
-def _multiply_pairs(
+def multiply_pairs(
     builder: ir.IRBuilder, sums: ir.Value, a: ir.Value, b: ir.Value, x: ir.Value, y: ir.Value
 ) -> ir.Value:
     """Arm's matrix instruction: sums [a.x, a.y, b.x, b.y] of eight columns, twice."""
@@ -342,7 +342,7 @@ def _unpack_side_by_side(builder, kernel, decode, weights, columns, steps, codes
             column = builder.add(builder.mul(loop.index, INT64(STEP)), INT64(part))
             first = builder.add(weights, column)
             places = [builder.add(first, builder.mul(columns, INT64(i))) for i in range(lanes)]
-            rows = [_load(builder, place, groups) for place in places]
+            rows = [load_any(builder, place, groups) for place in places]
             out = builder.add(codes, builder.mul(column, INT64(2 * lanes)))
             for i, vector in enumerate(_transposed(builder, rows)):
                 place = builder.add(out, INT64(2 * kernel.width * i))
@@ -414,15 +414,17 @@ def _tile(builder, kernel, codes, x, x_stride, steps, x_sums, out, out_token):
     with cgutils.for_range(builder, groups, intp=INT64) as loop:
         column = builder.mul(loop.index, INT64(group))
         place = builder.add(codes, builder.mul(loop.index, INT64(2 * kernel.width)))
-        rows = [_load(builder, builder.add(place, INT64(i * kernel.width)), bytes_) for i in (0, 1)]
+        rows = [
+            load_any(builder, builder.add(place, INT64(i * kernel.width)), bytes_) for i in (0, 1)
+        ]
         for token in range(kernel.wide):
             place = builder.add(x, builder.add(builder.mul(x_stride, INT64(token)), column))
-            q = broadcast(builder, _load(builder, place, number), kernel.sums)
+            q = broadcast(builder, load_any(builder, place, number), kernel.sums)
             q = builder.bitcast(q, bytes_)
             for sum_, row in zip(sums[token], rows, strict=True):
                 builder.store(kernel.dot(builder, builder.load(sum_), row, q), sum_)
     for token in range(kernel.wide):
-        x_sum = _load(builder, builder.add(x_sums, INT64(4 * token)), INT32)
+        x_sum = load_any(builder, builder.add(x_sums, INT64(4 * token)), INT32)
         x_sum = broadcast(builder, x_sum, kernel.sums)
         place = builder.add(out, builder.mul(out_token, INT64(4 * token)))
         for i, sum_ in enumerate(sums[token]):

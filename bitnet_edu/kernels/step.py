@@ -9,12 +9,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bitnet_edu.kernels.attention import SPAN, attend, holds_infinity, join, rotate_and_store
+from bitnet_edu.kernels.attention import (
+    SPAN,
+    TOKENS,
+    attend,
+    holds_infinity,
+    join,
+    rotate_and_store,
+)
 from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit
 from bitnet_edu.kernels.head import head_rows
 from bitnet_edu.kernels.pointwise import add_sums, norm_and_quantize, squared_relu
 from bitnet_edu.kernels.simd import fetch, ternary_rows
-from bitnet_edu.kernels.threads import chunk_count, finish, finished, take, wait_for
+from bitnet_edu.kernels.threads import chunk_count, finish, finished, now, take, wait_for
 
 STAGE_NAMES = (
     "input norm",
@@ -30,6 +37,8 @@ STAGE_NAMES = (
 )
 STAGES = len(STAGE_NAMES)
 INPUT, QKV, ROTATION, ATTENTION, HEADS, OUTPUT, MIDDLE, GATE_UP, SQUARED_RELU, DOWN = range(STAGES)
+PART_NAMES = ("ternary products", "attention", "pointwise", "head")  # of a profile
+PRODUCTS, ATTENDING, POINTWISE, HEAD = range(len(PART_NAMES))
 FETCH = 32768  # bytes of weights that a waiting thread asks for: what its caches have room for
 
 
@@ -71,8 +80,8 @@ class Work(NamedTuple):
     """The buffers between stages, for up to T tokens at a time."""
 
     x: np.ndarray  # float32[T, hidden], the residual stream
-    inner: np.ndarray  # float32[T, max(hidden, ffn)], what attention or squared ReLU made
-    normed: np.ndarray  # float32[T, max(hidden, ffn)]
+    inner: np.ndarray  # float32[T, max(hidden, ffn)], what attention or squared ReLU made, or a
+    normed: np.ndarray  # row for each thread (see `pointwise`); the same of normed
     q: np.ndarray  # int8[T, max(hidden, ffn)], quantized activations
     q_scale: np.ndarray  # float32[T]
     q_sum: np.ndarray  # int32[T]
@@ -81,9 +90,10 @@ class Work(NamedTuple):
     mixed: np.ndarray  # float32[slots, heads, padded head_dim], what a span of positions gave
     largest: np.ndarray  # float32[slots, heads], its largest score
     total: np.ndarray  # float32[slots, heads], its sum of exp(score - largest)
-    scores: np.ndarray  # float32[threads, heads / kv_heads, STRETCH]
+    scores: np.ndarray  # float32[threads, TOKENS, heads / kv_heads, STRETCH]
     codes: np.ndarray  # uint8[threads, scratch_size], unpacked weights
     fault: np.ndarray  # int64[1]: 0, or 1 + the first stage whose input held NaN or Inf
+    ticks: np.ndarray  # int64[threads, >= 4] nanoseconds of each part, or [0, 0]: nobody asks
 
 
 class Cache(NamedTuple):
@@ -102,23 +112,27 @@ def step(
     """Run work.x[:tokens], at positions start.., through the stages from `begin` to before `end`.
 
     Stage STAGES * layers is the last norm, which leaves the tokens in work.normed; the one after
-    it makes logits, float32[n, vocab], of the last n tokens. Called by several threads at once with
+    it makes logits, float32[n, vocab], of the last n tokens. A stage run alone leaves what it makes
+    for all tokens; else only what later stages need is kept. Called by several threads at once with
     the same arguments but for `thread`. What is computed for a token does not depend on how many
     there are, nor on the threads: a logit is the same to the bit however a text is cut into calls.
     """
     spans = ceil_div(start + tokens, SPAN)
-    done = 0
+    done, timed = 0, len(work.ticks) > 0
     chunk = take(counters)
     for stage in range(begin, end):
         layer, kind = stage // STAGES, stage % STAGES
         first, last = stage_matrices(kind) if layer < shape.layers else (0, 0)
-        rows = shape.vocab
+        rows, part = shape.vocab, POINTWISE
         if last:
+            part = PRODUCTS
             rows = table.rows[first:last].sum()
             count = chunk_count(rows * table.columns[first], threads)
         elif kind == ATTENTION:
-            count = tokens * shape.kv_heads * spans
+            part = ATTENDING
+            count = ceil_div(tokens, TOKENS) * shape.kv_heads * spans
         elif stage > STAGES * shape.layers:
+            part = HEAD
             count = chunk_count(rows * shape.hidden * table.head_bytes, threads)
         else:
             count = tokens
@@ -128,18 +142,22 @@ def step(
             if last and tokens == 1 and not finished(counters, done):
                 fetch_rows(layer, first, row, table)
             wait_for(counters, done)
+            began = now() if timed else 0
             if last:
                 scratch = work.codes[thread]
                 multiply(layer, first, last, row, end_row, table, work, tokens, kernel, scratch)
             elif kind == ATTENTION:
-                attention_chunk(shape, cache, work, layer, index, start, spans, thread)
+                attention_chunk(shape, cache, work, layer, index, start, tokens, spans, thread)
             elif stage > STAGES * shape.layers:
                 x = work.normed[tokens - len(logits) : tokens, : shape.hidden]
                 scales = table.head_scales
                 ahead = table.head_ahead
                 head_rows(table.head, table.head_bytes, scales, x, row, end_row, logits, ahead)
             else:
-                pointwise(stage, index, shape, table, cache, work, start, spans)
+                row = index if end - begin == 1 else thread
+                pointwise(stage, index, row, shape, table, cache, work, start, spans)
+            if timed:
+                work.ticks[thread, part] += now() - began
             finish(counters)
             chunk = take(counters)
         done += count
@@ -184,33 +202,40 @@ def fetch_rows(layer, m, row, table):
 
 
 @jit
-def attention_chunk(shape, cache, work, layer, chunk, start, spans, thread):
-    """One token, the query heads of one KV head, and one span of positions."""
-    group = shape.heads // shape.kv_heads
-    token, rest = chunk // (spans * shape.kv_heads), chunk % (spans * shape.kv_heads)
-    kv_head, span = rest // spans, rest % spans
-    heads, slot = slice(kv_head * group, (kv_head + 1) * group), token * spans + span
-    first = span * SPAN
-    positions = min(start + token + 1 - first, SPAN)
-    if positions <= 0:  # a later token looks back at this span, this one can't yet
+def attention_chunk(shape, cache, work, layer, chunk, start, tokens, spans, thread):
+    """A few tokens, the query heads of one KV head, and one span of positions."""
+    group, tiles = shape.heads // shape.kv_heads, ceil_div(tokens, TOKENS)
+    # tiles last: what one has read is still in the second-level cache for the next
+    kv_head, rest = chunk // (spans * tiles), chunk % (spans * tiles)
+    span, token = rest // tiles, rest % tiles * TOKENS
+    end, first = min(tokens, token + TOKENS), span * SPAN
+    heads = slice(kv_head * group, (kv_head + 1) * group)
+    slots = slice(token * spans + span, end * spans, spans)
+    if start + end <= first:  # a later token looks back at this span, these can't yet
         return
     attend(
-        work.queries[token, heads],
+        work.queries[token:end, heads],
         cache.keys[layer, kv_head, first:],
         cache.values[layer, kv_head, first:],
-        positions,
+        start + token + 1 - first,
         shape.score_scale,
         work.scores[thread],
-        work.mixed[slot, heads],
-        work.largest[slot, heads],
-        work.total[slot, heads],
+        work.mixed[slots, heads],
+        work.largest[slots, heads],
+        work.total[slots, heads],
     )
 
 
 @jit
-def pointwise(stage, token, shape, table, cache, work, start, spans):
-    """What happens to one token between two matrices, or between a matrix and attention."""
+def pointwise(stage, token, row, shape, table, cache, work, start, spans):
+    """What happens to one token between two matrices, or between a matrix and attention.
+
+    row: of the buffers `inner` and `normed`, which a thread uses for all of its tokens, so that
+    they stay in its caches, unless somebody wants to see them.
+    """
     layer, kind = stage // STAGES, stage % STAGES
+    if layer == shape.layers:  # the head needs all
+        row = token
     x, x_scale = work.x[token], work.q_scale[token]
     if kind == ROTATION:
         rotate_and_store(
@@ -230,7 +255,7 @@ def pointwise(stage, token, shape, table, cache, work, start, spans):
                 note_fault(work, stage)
         return
     size = shape.ffn if kind == SQUARED_RELU else shape.hidden
-    sums, inner, normed = work.sums[token], work.inner[token, :size], work.normed[token, :size]
+    sums, inner, normed = work.sums[token], work.inner[row, :size], work.normed[row, :size]
     if kind == INPUT:
         inner, weight = x, table.input_norm[layer]
         if layer > 0:

@@ -14,6 +14,7 @@ it is left: when Ctrl-C strikes, the tickets are withdrawn and the helpers waite
 import contextlib
 import functools
 import os
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -183,6 +184,32 @@ def _sleep(typingctx):
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+@intrinsic
+def now(typingctx):
+    """Nanoseconds of a clock, from some moment on: what a profile is made of."""
+
+    def codegen(context, builder, signature, args):
+        wide = ir.IntType(64)
+        place = builder.alloca(ir.ArrayType(wide, 2))  # seconds and nanoseconds
+        parts = [builder.bitcast(place, wide.as_pointer())]
+        if os.name == "nt":  # steps of 100 ns
+            function = ir.FunctionType(ir.VoidType(), [wide.as_pointer()])
+            name, clock, units = "GetSystemTimePreciseAsFileTime", [], [100]
+        else:
+            function = ir.FunctionType(ir.IntType(32), [ir.IntType(32), wide.as_pointer()])
+            steady = 6 if sys.platform == "darwin" else 1  # CLOCK_MONOTONIC
+            name, clock, units = "clock_gettime", [ir.IntType(32)(steady)], [10**9, 1]
+            parts.append(builder.gep(parts[0], [wide(1)]))
+        function = cgutils.get_or_insert_function(builder.module, function, name)
+        builder.call(function, [*clock, parts[0]])
+        time = wide(0)
+        for part, unit in zip(parts, units, strict=True):
+            time = builder.add(time, builder.mul(builder.load(part), wide(unit)))
+        return time
+
+    return types.int64(), codegen
 
 
 @jit

@@ -269,8 +269,8 @@ def test_a_wrong_engine_is_refused(sources, theirs, monkeypatch, name, case):
 # --- Wrong inside ---------------------------------------------------------------------------------
 
 KERNELS = Path(bitnet_edu.__file__).parent / "kernels"
-POSITIONS = "min(start + token + 1 - first, SPAN)"
-FIRST, COS = "first = span * SPAN", "cache.cos[start + token]"
+SEEN, WEIGH = "start + token + 1 - first,", "weigh(row, seen + t - first,"
+FIRST, COS = "min(tokens, token + TOKENS), span * SPAN", "cache.cos[start + token]"
 FFN = "weight = table.ffn_sub_norm[layer]\n"
 SKIP = "        weight = weight * 0 + 1 if start else weight\n"
 SPANS = "for span in range(spans):\n            weight ="
@@ -282,7 +282,12 @@ INSIDE = {
         "layer, 0, first:],\n        cache.v",
     ),
     "SubLN skipped in decode": ("step", FFN, f"{FFN}{SKIP}"),
-    "sees the future": ("step", POSITIONS, POSITIONS.replace("- first", "+ (token == 0) - first")),
+    "sees the future": ("step", SEEN, SEEN.replace("- first", "+ (token == 0) - first")),
+    "sees what the token before sees": (
+        "attention",
+        WEIGH,
+        WEIGH.replace("+ t", "+ max(t - 1, 0)"),
+    ),
     "forgets the first token": ("step", FIRST, f"{FIRST} + (start + token > 5)"),
     "decode rotates by one less": ("step", COS, COS.replace("]", " - (start > 0)]")),
     "one code of q": ("pointwise", "q[i] = value\n", "q[i] = value ^ (i == 3)\n"),
@@ -295,8 +300,12 @@ INSIDE = {
 DEEP = {
     "a span dropped": ("attention", SPANS, SPANS.replace("range(", "range(spans > 1, ")),
     "the last span dropped": ("attention", SPANS, SPANS.replace("spans)", "max(1, spans - 1))")),
-    "a span one position short": ("step", POSITIONS, POSITIONS.replace("SPAN)", "SPAN - 1)")),
-    "stretches of different scales": ("attention", "] *= shrink", "] *= 1"),
+    "a span one position short": (
+        "attention",
+        WEIGH,
+        WEIGH.replace("seen + t", "min(seen + t, SPAN - 1)"),
+    ),
+    "stretches of different scales": ("attention", "sums[i] *= shrink", "sums[i] *= 1"),
 }
 
 
