@@ -1,6 +1,7 @@
 """How the next token is chosen from the scores of all words."""
 
 import numbers
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,8 +9,7 @@ import numpy as np
 from bitnet_edu.errors import BitNetError, InputError, require_whole
 from bitnet_edu.kernels.border import checked
 from bitnet_edu.kernels.matmul import count_nonfinite
-from bitnet_edu.kernels.sampling import choose, keep_likely
-
+from bitnet_edu.kernels.sampling import Words, choose, keep_likely, put, room_for
 
 MOST = 2**62  # more words than there are
 ALL = 2.0  # a share that is never reached
@@ -67,22 +67,29 @@ def sample(scores: np.ndarray, key: int, sampling: Sampling = GREEDY) -> int:
     require_whole(key, 0, 2**64 - 1, "key")
     if sampling.temperature == 0:
         return int(scores.argmax())
-    return int(choose(*_words(scores), np.uint64(key), *sampling.numbers))
+    return int(choose(_words(scores), len(scores), np.uint64(key), *sampling.numbers))
 
 
 def probabilities(scores: np.ndarray, sampling: Sampling) -> np.ndarray:
     """float64[vocab]: how often `sample` picks each word at a temperature above 0."""
     _require_finite(scores)
-    ids, scores, weights = _words(scores)
-    kept = keep_likely(ids, scores, weights, *sampling.numbers)
-    shares = np.zeros(len(scores))
-    shares[ids[:kept]] = weights[:kept] / weights[:kept].sum(dtype=np.float64)
+    words, shares = _words(scores), np.zeros(len(scores))
+    kept = keep_likely(words, len(scores), *sampling.numbers)
+    weights = words.weights[:kept].astype(np.float64)
+    shares[words.ids[:kept]] = weights / weights.sum()
     return shares
 
 
-def _words(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Arrays that compiled code may overwrite: ids, scores, and room for weights."""
-    return np.arange(len(scores), dtype=np.int32), scores.copy(), np.empty_like(scores)
+_of_thread = threading.local()
+
+
+def _words(scores: np.ndarray) -> Words:
+    """All words, in arrays that this thread uses again and again."""
+    room = getattr(_of_thread, "room", None)
+    if room is None or len(room.ids) != len(scores):
+        room = _of_thread.room = room_for(len(scores))
+    put(room, scores)
+    return room
 
 
 def _require_finite(scores: np.ndarray) -> None:

@@ -12,6 +12,7 @@ nor on words that stay away because they would lose anyway.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,26 +24,55 @@ BLOCK = 128  # words that are looked at together
 MOST_INVERSE = 1e300  # of a temperature: so that 0 / temperature is 0 down to the smallest of them
 
 
+class Words(NamedTuple):
+    """Some words, and room to work on them: kept, for to get fresh memory takes longer than a draw.
+
+    ids are ascending. The last three hold a part of the words, so that these stay as they are.
+    """
+
+    ids: np.ndarray  # int32[n]
+    scores: np.ndarray  # float32[n]
+    weights: np.ndarray  # float32[n]
+    buckets: np.ndarray  # int16[n]
+    kept: np.ndarray  # uint8[n]
+    some_ids: np.ndarray  # int32[n]
+    some_scores: np.ndarray  # float32[n]
+    some_weights: np.ndarray  # float32[n]
+
+
+def room_for(n: int) -> Words:
+    """Room for up to n words."""
+    dtypes = np.int32, np.float32, np.float32, np.int16, np.uint8, np.int32, np.float32, np.float32
+    return Words(*(np.empty(n, dtype) for dtype in dtypes))
+
+
 @cached_jit
-def choose(ids, scores, weights, key, temperature, top_k, top_p):
-    """The id that is drawn. ids: int32[n], ascending, scores, weights: float32[n], overwritten.
+def put(words, scores):
+    """All words of a vocabulary, float32[n]."""
+    for i in range(len(scores)):
+        words.ids[i], words.scores[i] = i, scores[i]
+
+
+@cached_jit
+def choose(words, n, key, temperature, top_k, top_p):
+    """The id that is drawn from the first n words, which are overwritten.
 
     key: uint64, temperature: above 0, top_k: 1 or more, top_p: above 1 keeps all words.
     """
-    n = keep_likely(ids, scores, weights, temperature, top_k, top_p)
-    winner, _ = race(ids[:n], weights[:n], key)
-    return ids[winner]
+    n = keep_likely(words, n, temperature, top_k, top_p)
+    winner, _ = race(words.ids[:n], words.weights[:n], key)
+    return words.ids[winner]
 
 
 @cached_jit
-def keep_likely(ids, scores, weights, temperature, top_k, top_p):
+def keep_likely(words, n, temperature, top_k, top_p):
     """Move the words that may be drawn to the front, make their weights; returns how many."""
-    n, (_, largest) = len(ids), extremes(scores)
+    _, largest = extremes(words.scores[:n])
     if top_k < n:
-        n = keep_first(ids, scores, weights, False, np.float64(top_k))
-    boltzmann(scores[:n], largest, temperature, weights[:n])
+        n = keep_first(words, n, False, np.float64(top_k))
+    boltzmann(words.scores[:n], largest, temperature, words.weights[:n])
     if top_p < 1:
-        n = keep_first(ids[:n], scores[:n], weights[:n], True, top_p * mass(weights[:n]))
+        n = keep_first(words, n, True, top_p * mass(words.weights[:n]))
     return n
 
 
@@ -64,36 +94,37 @@ def mass(weights):
 
 
 @jit
-def keep_first(ids, scores, weights, weighted, target):
+def keep_first(words, n, weighted, target):
     """Keep a word if fewer than `target` come before it (their weights, if `weighted`); how many.
 
     At least the first is kept. The words stay in the order of their ids.
     """
-    last_score, last_id = last_kept(ids, scores, weights, weighted, target)
-    kept, n = np.empty(len(ids), np.uint8), 0
-    for i in range(len(ids)):
+    ids, scores, weights, kept = words.ids[:n], words.scores[:n], words.weights[:n], words.kept[:n]
+    last_score, last_id = last_kept(ids, scores, weights, weighted, target, words)
+    for i in range(n):
         kept[i] = (scores[i] > last_score) | ((scores[i] == last_score) & (ids[i] <= last_id))
-    for i in range(len(ids)):  # without a branch, for nobody could foretell it
-        ids[n], scores[n], weights[n] = ids[i], scores[i], weights[i]
-        n += kept[i]
-    return n
+    count = 0
+    for i in range(n):  # without a branch, for nobody could foretell it
+        ids[count], scores[count], weights[count] = ids[i], scores[i], weights[i]
+        count += kept[i]
+    return count
 
 
 @jit
-def last_kept(ids, scores, weights, weighted, target):
-    """(score, id) of the last word that `keep_first` keeps."""
+def last_kept(ids, scores, weights, weighted, target, room):
+    """(score, id) of the last word that `keep_first` keeps. room: `Words`, for scratch."""
     n, before = len(scores), 0.0
     low, high = extremes(scores)
-    buckets, masses = np.empty(n, np.int16), np.empty(BUCKETS)
-    some_ids, some, their = np.empty(n, ids.dtype), np.empty(n, np.float32), np.empty(n, np.float32)
+    masses = np.empty(BUCKETS)
     while low < high:
+        buckets = room.buckets[:n]
         find_buckets(scores, low, high, buckets)
         masses[:] = 0
         for i in range(n):
             masses[buckets[i]] += np.float64(weights[i]) if weighted else 1.0
         bucket, before = where_reached(masses, before, target)
-        n = gather(buckets[:n], bucket, ids, scores, weights, some_ids, some, their)
-        ids, scores, weights = some_ids[:n], some[:n], their[:n]
+        n = gather(buckets, bucket, ids, scores, weights, room)
+        ids, scores, weights = room.some_ids[:n], room.some_scores[:n], room.some_weights[:n]
         low, high = extremes(scores)
     last = 0  # all that are left are equal
     while last + 1 < n and before + (np.float64(weights[last]) if weighted else 1.0) < target:
@@ -125,8 +156,8 @@ def find_buckets(scores, low, high, buckets):
 
 
 @jit
-def gather(buckets, bucket, ids, scores, weights, some_ids, some, their):
-    """Copy the words of one bucket; returns how many."""
+def gather(buckets, bucket, ids, scores, weights, room):
+    """Copy the words of one bucket into the second half of `room`; returns how many."""
     count, n = 0, len(buckets)
     for first in range(0, n, BLOCK):
         end = min(first + BLOCK, n)
@@ -134,16 +165,17 @@ def gather(buckets, bucket, ids, scores, weights, some_ids, some, their):
             continue
         for i in range(first, end):
             if buckets[i] == bucket:
-                some_ids[count], some[count], their[count] = ids[i], scores[i], weights[i]
+                room.some_ids[count] = ids[i]
+                room.some_scores[count], room.some_weights[count] = scores[i], weights[i]
                 count += 1
     return count
 
 
 @jit
-def occurs(bucket, buckets):
+def occurs(number, numbers):
     found = np.int16(0)
-    for i in range(len(buckets)):
-        found |= np.int16(buckets[i] == bucket)
+    for i in range(len(numbers)):
+        found |= np.int16(numbers[i] == number)
     return found != 0
 
 
