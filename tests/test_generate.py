@@ -269,8 +269,11 @@ def test_the_model_has_an_engine_whose_settings_it_shows():
     assert model.engine.kernel == "portable"
     cache = model.new_cache(4)
     np.testing.assert_array_equal(model.forward(PROMPT, cache), model.engine.logits(PROMPT)[-1])
-    model.screen_head(3)
-    assert model.engine.settings.screen == 3
+    options = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
+    made = model.generate(PROMPT, 12, **options)
+    model.settings = Settings(head="screened")
+    assert model.generate(PROMPT, 12, **options) == made
+    assert model.engine.screened == len(made)
 
 
 def test_a_model_without_a_tokenizer_works_with_ids_alone(tmp_path):
