@@ -9,6 +9,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,9 @@ from bitnet_edu.generate import BitNetLM
 from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit, pointer
 from bitnet_edu.kernels.border import address
 from bitnet_edu.kernels.threads import checked_threads, finish, run, take, wait_for
-from bitnet_edu.model import BitNet, KVCache
+from bitnet_edu.model import BitNet, KVCache, Settings
 from bitnet_edu.proof.transformers import serve_timings
+from bitnet_edu.sampling import GREEDY, Sampling
 from bitnet_edu.system import cpu_name, peak_memory
 from bitnet_edu.weights import BITNET_2B4T, random_weights
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 SHAPES = {"2b4t": BITNET_2B4T}
 CONTEXTS = (64, 512, 2048)
 DECODE_TOKENS = 16  # for each measurement
+SAMPLED = Sampling(0.6, None, 0.9)  # what Microsoft's generation_config.json asks for
 PREFILL_TOKENS = 512
 READ_CHUNK = 2**22
 BUSY = 10  # percent of the machine that others may use before we warn
@@ -48,7 +51,7 @@ def benchmark(
     contexts: Sequence[int] = CONTEXTS,
     prompt_tokens: int = PREFILL_TOKENS,
     cache_dtype: str = "float32",
-    screen: int | None = None,
+    head: str = "exact",
     ternarize: bool = False,
     progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
@@ -57,9 +60,9 @@ def benchmark(
     shape: "2b4t", a random model of that shape in place of `source`. against: "transformers", in a
     process of its own, taking turns. contexts: tokens in the KV cache while decoding, those that
     fit; the first is the one of `decode_tokens_per_second`. prompt_tokens: of the prefill.
-    cache_dtype: "float32" or "float16". screen: only so many best logits stay exact (see
-    `BitNet.screen_head`). ternarize: as for `load`. progress: told what is being done. Raises
-    InputError, ContextLengthError if no context fits, and what loading raises.
+    cache_dtype: "float32" or "float16". head: "exact" or "screened", as in `model.Settings`.
+    ternarize: as for `load`. progress: told what is being done. Raises InputError,
+    ContextLengthError if no context fits, and what loading raises.
     """
     if shape not in (None, *SHAPES) or against not in (None, "transformers"):
         raise InputError(f"there is no shape {shape!r}, or no engine {against!r}, to measure")
@@ -71,15 +74,14 @@ def benchmark(
         require_whole(context, 1, 2**31, "a context")
     if threads is not None:
         checked_threads(threads)
+    Settings(head=head)  # refused before any work
     busy = psutil.cpu_percent(0.5)
     with tempfile.TemporaryDirectory(prefix="bitnet-edu-") as folder:
         if shape and against:
             source, shape = _write_random(Path(folder, shape), progress), None
         progress("loading")
         model, load_seconds = _load(source, shape, ternarize)
-        model.threads = threads or model.threads
-        if screen is not None:
-            model.screen_head(screen)
+        model.settings = replace(model.settings, threads=threads or model.threads, head=head)
         other = _Other(source, model.threads) if against else None
         try:
             return {
@@ -87,6 +89,7 @@ def benchmark(
                 "cpu": cpu_name(),
                 "threads": model.threads,
                 "kernel": model.kernel,
+                "mode": {"head": head, "threads": model.threads, "kernel": model.kernel},
                 "busy_percent": busy,
                 "load_seconds": load_seconds,
                 **_measure(
@@ -151,8 +154,9 @@ def _measure(
     cache = _filled_cache(model, max(contexts) + DECODE_TOKENS, cache_dtype)
     progress("compiling")
     _decode(model, cache, contexts[0])
+    _decode(model, cache, contexts[0], SAMPLED)
     model.forward(prompt[:5], model.new_cache(5))
-    bandwidth, prefill, theirs = [], [], []
+    bandwidth, sampled, prefill, theirs = [], [], [], []
     decode: list[list[float]] = [[] for _ in contexts]
     parts: list[dict[str, float]] = []
     for repeat in range(repeats):
@@ -160,6 +164,7 @@ def _measure(
         bandwidth.append(read_bandwidth(model.engine))
         for n, speeds in zip(contexts, decode, strict=True):
             speeds.append(_decode(model, cache, n))
+        sampled.append(_decode(model, cache, contexts[0], SAMPLED))
         parts.append(_parts(model, cache, contexts[-1]))
         start = time.perf_counter()
         model.forward(prompt, model.new_cache(len(prompt)))
@@ -174,6 +179,8 @@ def _measure(
         "roofline_tokens_per_second": float(np.median(bandwidth)) / size,
         "roofline_share": float(np.median(shares)),
         "decode_tokens_per_second": _spread(decode[0]),
+        "sampled_decode_tokens_per_second": _spread(sampled),
+        "whole_head_share": model.engine.whole_heads / max(1, model.engine.screened),
         "prefill_tokens_per_second": _spread(prefill),
         "prefill_tokens": len(prompt),
         "cache_dtype": np.dtype(cache_dtype).name,
@@ -210,13 +217,13 @@ def _filled_cache(model: BitNetLM, length: int, dtype: type) -> KVCache:
     return cache
 
 
-def _decode(model: BitNetLM, cache: KVCache, context: int) -> float:
-    """Tokens a second of greedy decoding after `context` tokens."""
+def _decode(model: BitNetLM, cache: KVCache, context: int, sampling: Sampling = GREEDY) -> float:
+    """Tokens a second after `context` tokens, as a generation makes them."""
     cache.length = context
     token = 0
     start = time.perf_counter()
-    for _ in range(DECODE_TOKENS):
-        token = int(model.forward([token], cache).argmax())
+    for key in range(DECODE_TOKENS):
+        [token] = model.next_tokens([token], cache, sampling, np.array([key], np.uint64))
     return DECODE_TOKENS / (time.perf_counter() - start)
 
 
@@ -330,13 +337,16 @@ def render(result: dict[str, Any]) -> "Group":
     table = Table("tokens/s", "min", "median", "max", title=f"{result['model']}, {threads}")
     for entry in result["contexts"]:
         row(table, f"decode, context {entry['context']}", entry["decode_tokens_per_second"])
+    first = f"context {result['contexts'][0]['context']}, sampled"
+    row(table, f"decode, {first}", result["sampled_decode_tokens_per_second"])
     row(table, f"prefill, {result['prefill_tokens']} tokens", result["prefill_tokens_per_second"])
     if theirs := result.get("transformers"):
         row(table, "transformers, decode", theirs["decode_tokens_per_second"])
         row(table, "transformers, prefill", theirs["prefill_tokens_per_second"])
     parts = ", ".join(f"{k} {1e3 * v:.2f}" for k, v in result["parts_seconds"].items())
     lines = [
-        f"{result['cpu']}, {result['kernel']} kernel, {result['cache_dtype']} KV cache",
+        f"{result['cpu']}, {result['kernel']} kernel, {result['cache_dtype']} KV cache, "
+        f"{result['mode']['head']} head",
         f"memory reads {result['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, a token "
         f"{result['bytes_per_token'] / 1e6:,.1f} MB: at most "
         f"{result['roofline_tokens_per_second']:,.1f} tokens/s, "
@@ -345,6 +355,10 @@ def render(result: dict[str, Any]) -> "Group":
         f"loaded in {result['load_seconds']:.3f} s, at most "
         f"{result['peak_rss_bytes'] / 1e9:.2f} GB of memory",
     ]
+    if result["mode"]["head"] == "screened":
+        lines.append(
+            f"the whole head was needed for {result['whole_head_share']:.1%} of the tokens"
+        )
     if theirs:
         lines.append(
             f"transformers: loaded in {theirs['load_seconds']:.1f} s, at most "
