@@ -10,6 +10,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,9 @@ from bitnet_edu.kernels.border import address
 from bitnet_edu.kernels.peak import operands, products_of_a_chunk, spin
 from bitnet_edu.kernels.simd import kernel_index
 from bitnet_edu.kernels.threads import checked_threads, finish, run, take, wait_for
-from bitnet_edu.model import BitNet, KVCache
+from bitnet_edu.model import BitNet, KVCache, Settings
 from bitnet_edu.proof.transformers import serve_timings
+from bitnet_edu.sampling import GREEDY, Sampling
 from bitnet_edu.system import cpu_name, peak_memory
 from bitnet_edu.weights import BITNET_2B4T, random_weights
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 SHAPES = {"2b4t": BITNET_2B4T}
 CONTEXTS = (64, 512, 2048)
 DECODE_TOKENS = 16  # for each measurement
+SAMPLED = Sampling(0.6, None, 0.9)  # what Microsoft's generation_config.json asks for
 PREFILL_TOKENS = 512
 PROMPTS = (128, 512, 2048)  # tokens, for the share of the int8 peak and the profile
 LONG_PROMPT = 1024  # from here on a prompt takes seconds: once a run is enough
@@ -54,7 +57,8 @@ def benchmark(
     contexts: Sequence[int] = CONTEXTS,
     prompt_tokens: int = PREFILL_TOKENS,
     cache_dtype: str = "float32",
-    screen: int | None = None,
+    packing: str = "auto",
+    head: str = "auto",
     ternarize: bool = False,
     profile: bool = False,
     progress: Callable[[str], None] = lambda message: None,
@@ -64,10 +68,10 @@ def benchmark(
     shape: "2b4t", a random model of that shape in place of `source`. against: "transformers", in a
     process of its own, taking turns. contexts: tokens in the KV cache while decoding, those that
     fit; the first is the one of `decode_tokens_per_second`. prompt_tokens: of the prefill.
-    cache_dtype: "float32" or "float16". screen: only so many best logits stay exact (see
-    `BitNet.screen_head`). ternarize: as for `load`. profile: also where the time of prompts goes,
-    and of a decode step (see `BitNet.profile`). progress: told what is being done. Raises
-    InputError, ContextLengthError if no context fits, and what loading raises.
+    cache_dtype: "float32" or "float16". packing, head: as in `model.Settings`. ternarize: as for
+    `load`. profile: also where the time of prompts goes, and of a decode step (see
+    `BitNet.profile`). progress: told what is being done. Raises InputError, ContextLengthError if
+    no context fits, and what loading raises.
     """
     if shape not in (None, *SHAPES) or against not in (None, "transformers"):
         raise InputError(f"there is no shape {shape!r}, or no engine {against!r}, to measure")
@@ -79,15 +83,15 @@ def benchmark(
         require_whole(context, 1, 2**31, "a context")
     if threads is not None:
         checked_threads(threads)
+    Settings(packing=packing, head=head)  # refused before any work
     busy = psutil.cpu_percent(0.5)
     with tempfile.TemporaryDirectory(prefix="bitnet-edu-") as folder:
         if shape and against:
             source, shape = _write_random(Path(folder, shape), progress), None
         progress("loading")
         model, load_seconds = _load(source, shape, ternarize)
-        model.threads = threads or model.threads
-        if screen is not None:
-            model.screen_head(screen)
+        threads = threads or model.threads
+        model.settings = replace(model.settings, threads=threads, packing=packing, head=head)
         other = _Other(source, model.threads) if against else None
         try:
             result = {
@@ -166,8 +170,9 @@ def _measure(
     cache = _filled_cache(model, max(contexts) + DECODE_TOKENS, cache_dtype)
     progress("compiling")
     _decode(model, cache, contexts[0])
+    _decode(model, cache, contexts[0], SAMPLED)
     model.forward(prompt[:5], model.new_cache(5))
-    bandwidth, prefill, theirs = [], [], []
+    bandwidth, sampled, prefill, theirs = [], [], [], []
     peaks: list[float] = []
     shares_of_peak: dict[int, list[float]] = {n: [] for n in prompts}
     decode: list[list[float]] = [[] for _ in contexts]
@@ -177,6 +182,7 @@ def _measure(
         bandwidth.append(read_bandwidth(model.engine))
         for n, speeds in zip(contexts, decode, strict=True):
             speeds.append(_decode(model, cache, n))
+        sampled.append(_decode(model, cache, contexts[0], SAMPLED))
         parts.append(_parts(model, cache, contexts[-1]))
         peaks.append(int8_peak(model.engine))
         due = [n for n in prompts if n < LONG_PROMPT or repeat == 0]
@@ -194,6 +200,9 @@ def _measure(
         "roofline_tokens_per_second": float(np.median(bandwidth)) / size,
         "roofline_share": float(np.median(shares)),
         "decode_tokens_per_second": _spread(decode[0]),
+        "sampled_decode_tokens_per_second": _spread(sampled),
+        "mode": model.engine.mode,
+        "whole_head_share": model.engine.whole_heads / max(1, model.engine.screened),
         "prefill_tokens_per_second": _spread(prefill),
         "prefill_tokens": len(prompt),
         "int8_peak_multiply_adds_per_second": float(np.median(peaks)),
@@ -234,13 +243,13 @@ def _filled_cache(model: BitNetLM, length: int, dtype: type) -> KVCache:
     return cache
 
 
-def _decode(model: BitNetLM, cache: KVCache, context: int) -> float:
-    """Tokens a second of greedy decoding after `context` tokens."""
+def _decode(model: BitNetLM, cache: KVCache, context: int, sampling: Sampling = GREEDY) -> float:
+    """Tokens a second after `context` tokens, as a generation makes them."""
     cache.length = context
     token = 0
     start = time.perf_counter()
-    for _ in range(DECODE_TOKENS):
-        token = int(model.forward([token], cache).argmax())
+    for key in range(DECODE_TOKENS):
+        [token] = model.next_tokens([token], cache, sampling, np.array([key], np.uint64))
     return DECODE_TOKENS / (time.perf_counter() - start)
 
 
@@ -388,6 +397,8 @@ def render(result: dict[str, Any]) -> "Group":
     table = Table("tokens/s", "min", "median", "max", title=f"{result['model']}, {threads}")
     for entry in result["contexts"]:
         row(table, f"decode, context {entry['context']}", entry["decode_tokens_per_second"])
+    first = f"context {result['contexts'][0]['context']}, sampled"
+    row(table, f"decode, {first}", result["sampled_decode_tokens_per_second"])
     row(table, f"prefill, {result['prefill_tokens']} tokens", result["prefill_tokens_per_second"])
     if theirs := result.get("transformers"):
         row(table, "transformers, decode", theirs["decode_tokens_per_second"])
@@ -396,7 +407,8 @@ def render(result: dict[str, Any]) -> "Group":
     reached = ", ".join(f"{share:.0%} at {n} tokens" for n, share in shares)
     parts = ", ".join(f"{k} {1e3 * v:.2f}" for k, v in result["parts_seconds"].items())
     lines = [
-        f"{result['cpu']}, {result['kernel']} kernel, {result['cache_dtype']} KV cache",
+        f"{result['cpu']}, {result['kernel']} kernel, {result['cache_dtype']} KV cache, "
+        f"{result['mode']['packing']} weights, {result['mode']['head']} head",
         f"memory reads {result['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, a token "
         f"{result['bytes_per_token'] / 1e6:,.1f} MB: at most "
         f"{result['roofline_tokens_per_second']:,.1f} tokens/s, "
@@ -407,6 +419,10 @@ def render(result: dict[str, Any]) -> "Group":
         f"loaded in {result['load_seconds']:.3f} s, at most "
         f"{result['peak_rss_bytes'] / 1e9:.2f} GB of memory",
     ]
+    if result["mode"]["head"] == "screened":
+        lines.append(
+            f"the whole head was needed for {result['whole_head_share']:.1%} of the tokens"
+        )
     for entry in result.get("profile", ()):
         whole = sum(entry["seconds"].values())
         split = ", ".join(f"{k} {v / whole:.1%}" for k, v in entry["seconds"].items())

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -116,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model(verb)
     verb.add_argument("--system", metavar="TEXT", help="what the model is told before you speak")
     add_sampling(verb, tokens=512)
+    add_head(verb)
 
     verb = add_verb(
         verbs,
@@ -128,6 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--prompt", metavar="TEXT", help="the text to continue (default: stdin)")
     verb.add_argument("--chat", action="store_true", help="the prompt is a question: answer it")
     add_sampling(verb, tokens=128)
+    add_head(verb)
     add_json(verb)
 
     verb = add_verb(
@@ -206,9 +209,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--cache", choices=("float32", "float16"), default="float32", help="what the cache holds"
     )
     verb.add_argument(
-        "--screen", type=int, metavar="K", help="read half the head; the K best words stay exact"
+        "--packing", choices=("auto", "2bit", "base3"), default="auto", help="of ternary weights"
     )
     verb.add_argument("--profile", action="store_true", help="also show where the time goes")
+    add_head(verb)
     add_json(verb)
 
     add_json(add_verb(verbs, doctor, "bitnet-edu doctor"))
@@ -259,6 +263,11 @@ def add_sampling(verb: Parser, tokens: int) -> None:
     )
 
 
+def add_head(verb: Parser) -> None:
+    half = "screened: the same tokens from half the head's bytes, for a copy in memory"
+    verb.add_argument("--head", choices=("auto", "exact", "screened"), default="auto", help=half)
+
+
 def add_json(verb: Parser) -> None:
     verb.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
 
@@ -302,6 +311,7 @@ def chat(args: argparse.Namespace) -> int:
     options = sampling_of(args)
     text_input()
     model = bitnet_edu.load(args.model, ternarize=args.ternarize)
+    model.settings = replace(model.settings, head=args.head)
     session = bitnet_edu.ChatSession(model, args.system)
     return Terminal(session, args.model, options, console()).run()
 
@@ -320,6 +330,7 @@ def generate(args: argparse.Namespace) -> int:
             raise InputError("there is no prompt: give one with --prompt, or pipe a text in")
         prompt = sys.stdin.read()
     model = bitnet_edu.load(args.model, ternarize=args.ternarize)
+    model.settings = replace(model.settings, head=args.head)
     tokenizer = model.require_tokenizer()
     if args.chat:
         ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
@@ -445,7 +456,8 @@ def bench(args: argparse.Namespace) -> int:
         repeats=args.repeats,
         contexts=args.contexts,
         cache_dtype=args.cache,
-        screen=args.screen,
+        packing=args.packing,
+        head=args.head,
         profile=args.profile,
         progress=lambda message: print(message, file=sys.stderr),
     )

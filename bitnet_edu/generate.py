@@ -76,10 +76,6 @@ class BitNetLM:
         """An empty KV cache: see `BitNet.new_cache`."""
         return self.engine.new_cache(max_len, dtype)
 
-    def screen_head(self, top_k: int = 1) -> None:
-        """Read half the head from now on: see `BitNet.screen_head`."""
-        self.engine.screen_head(top_k)
-
     def generate(
         self,
         ids: Sequence[int],

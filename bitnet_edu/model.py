@@ -20,8 +20,8 @@ from bitnet_edu.errors import BitNetError, ContextLengthError, InputError, requi
 from bitnet_edu.kernels.attention import PAD, SPAN, STRETCH, TILE, TOKENS
 from bitnet_edu.kernels.bits import has_float16
 from bitnet_edu.kernels.border import address, aligned_zeros, checked, release
-from bitnet_edu.kernels.head import Screen
 from bitnet_edu.kernels.matmul import base3_of
+from bitnet_edu.kernels.screen import Screen
 from bitnet_edu.kernels.simd import (
     MAX_COLUMNS,
     NO_KERNEL,
@@ -51,7 +51,7 @@ from bitnet_edu.kernels.threads import (
     run,
     run_long,
 )
-from bitnet_edu.kernels.tuning import Tuning, packing_of, tuning_for
+from bitnet_edu.kernels.tuning import ENOUGH, Tuning, packing_of, tuning_for
 from bitnet_edu.layers import Observer, rope_frequencies
 from bitnet_edu.sampling import Sampling, sample
 from bitnet_edu.weights import BitNetConfig, TernaryMatrix, Weights
@@ -60,6 +60,8 @@ BATCH = 256  # prompt tokens that go through the layers together
 SLOTS = 4 * BATCH  # of attention: a token in each span of positions that it looks back at
 LONG = 2**31  # bytes of weights times tokens from which on Ctrl-C can't wait for the end
 WORTH_A_THREAD = 2**21  # bytes of weights times tokens: for less, waking another is not worth it
+HEADS = ("exact", "screened", "auto")
+IN_VAIN, PAUSE = 4, 32  # so many steps without a decision in half the bytes: so many without them
 HEAD_DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 NOT_TIMED = np.zeros((0, 0), np.int64)
 INNER = {"o_proj": "attention", "down_proj": "feed_forward"}  # what the two SubLNs normalize
@@ -72,16 +74,16 @@ class Settings:
     threads: 1 to 256 (default: the physical cores). kernel: a name in `kernels.simd.KERNELS`
     (default: the fastest that this CPU runs). packing: of the ternary weights while they are worked
     with, "2bit", "base3", or "auto": what is faster here (see `kernels/tuning.py`). cache_dtype: of
-    a new KV cache, float32 or float16. screen: None, or how many best logits `forward` keeps exact
-    (see `kernels/head.py`).
-    Raises InputError.
+    a new KV cache, float32 or float16. head: "exact", or "screened": tokens are chosen with half
+    the head's bytes where these decide, which costs a copy of one byte for each number of the head
+    (see `kernels/screen.py`), or "auto": screened where the head is large. Raises InputError.
     """
 
     threads: int = field(default_factory=default_threads)
     kernel: str = field(default_factory=kernel_name)
     packing: str = "auto"
     cache_dtype: type = np.float32
-    screen: int | None = None
+    head: str = "auto"
 
     def __post_init__(self):
         checked_threads(self.threads)
@@ -89,8 +91,8 @@ class Settings:
         if self.packing not in ("auto", *PACKINGS):
             raise InputError(f"packing must be auto, 2bit or base3, not {self.packing!r}")
         _checked_cache_dtype(self.cache_dtype)
-        if self.screen is not None:
-            require_whole(self.screen, 1, 2**31, "screen, the number of exact logits,")
+        if self.head not in HEADS:
+            raise InputError(f"the head is exact, screened or auto, not {self.head!r}")
 
 
 class KVCache:
@@ -153,7 +155,8 @@ class BitNet:
     """A model that maps token ids to logits. Text comes in `bitnet_edu.generate`.
 
     `settings`, and with them `threads` and `kernel`, may be changed at any time: a call that has
-    begun keeps those it found. Calls from several Python threads are safe: they take turns.
+    begun keeps those it found. Calls from several Python threads are safe: they take turns. Of the
+    tokens chosen with a screened head, `screened` in all, `whole_heads` needed the exact one too.
     InputError if config and weights don't fit each other, or are more than the kernels can do.
     """
 
@@ -182,7 +185,9 @@ class BitNet:
         self._tunings: dict[tuple[str, int], Tuning] = {}
         self._bytes = sum(m.packed.nbytes for layer in weights.layers for m in layer[:7])
         self._work: Work | None = None
-        self._screen: Screen | None = None
+        self._screen: Screen | None = None  # there is one while settings.head is "screened"
+        self.screened = self.whole_heads = 0
+        self._in_vain = self._pause = 0  # steps
         _engines.add(self)
 
     @property
@@ -197,11 +202,10 @@ class BitNet:
             raise InputError(
                 "this model lies in base 3: `bitnet-edu convert` makes a model in 2 bits of it"
             )
-        screen = self._screen
-        if settings.screen is not None:
-            require_whole(settings.screen, 1, self.config.vocab_size, "top_k")
-            screen = screen or Screen(self._head)
         with self._lock:
+            screen = self._screen if settings.head != "exact" else None
+            if settings.head == "screened" and screen is None:
+                screen = self._make_screen(settings.threads)
             self._settings, self._screen = settings, screen
 
     @property
@@ -224,16 +228,6 @@ class BitNet:
         """An empty KV cache for up to `max_len` tokens (default: the model's whole context)."""
         max_len = self.config.max_position_embeddings if max_len is None else max_len
         return KVCache(self.config, max_len, self._settings.cache_dtype if dtype is None else dtype)
-
-    def screen_head(self, top_k: int = 1) -> None:
-        """From now on `forward` reads half the head, and only its `top_k` best logits are exact.
-
-        They are the best ones beyond doubt (see kernels/head.py), so greedy decoding, and sampling
-        from up to `top_k` words, do not change; the other logits are a little off. Costs
-        one byte for each number of the head, and a second or two.
-        """
-        require_whole(top_k, 1, self.config.vocab_size, "top_k")
-        self.settings = replace(self._settings, screen=top_k)
 
     def logits(self, ids: np.ndarray, observe: Observer | None = None) -> np.ndarray:
         """Scores after every prefix of the sequence: int[T] -> float32[T, vocab].
@@ -260,7 +254,7 @@ class BitNet:
         """
         ids = self._checked(ids)
         scores = np.empty((1, self.config.vocab_size), np.float32)
-        self._body(ids, cache, scores, observe, screened=True)
+        self._body(ids, cache, scores, observe)
         return scores[0]
 
     def next_tokens(
@@ -271,11 +265,64 @@ class BitNet:
         keys: uint64[n], n <= T, the random number of each choice. Errors as for `forward`.
         """
         ids = self._checked(ids)
-        if not 1 <= len(keys) <= len(ids):
+        if len(checked(keys, np.uint64, (None,), "keys")) > len(ids):
             raise InputError(f"{len(keys)} choices can't be made after {len(ids)} tokens")
-        scores = np.empty((len(keys), self.config.vocab_size), np.float32)
-        self._body(ids, cache, scores, None, screened=len(keys) == 1)
-        return [sample(row, int(key), sampling) for row, key in zip(scores, keys, strict=True)]
+        scores, screen = (
+            np.empty((len(keys), self.config.vocab_size), np.float32),
+            self._screening(),
+        )
+        if screen is None:
+            self._body(ids, cache, scores, None)
+            return [sample(row, int(key), sampling) for row, key in zip(scores, keys, strict=True)]
+        x = np.empty((len(keys), self.config.hidden_size), np.float32)
+        self._body(ids, cache, scores, None, (screen, x))
+        with self._lock:
+            return self._choose(screen, scores, x, keys, sampling)
+
+    def _screening(self) -> Screen | None:
+        """What to choose the next tokens with. By itself, where the head is large: there half of
+        its bytes save more than they cost. Not for a while after they decided nothing.
+        """
+        with self._lock:
+            if self._settings.head != "auto":
+                return self._screen
+            if self._head.nbytes < ENOUGH or self._pause > 0:
+                self._pause -= 1
+                return None
+            self._screen = self._screen or self._make_screen(self._settings.threads)
+            return self._screen
+
+    def _make_screen(self, threads: int) -> Screen:
+        screen = Screen(self._head, threads)
+        release(self._head)  # from now on only some of its rows are read
+        return screen
+
+    def _choose(
+        self,
+        screen: Screen,
+        scores: np.ndarray,
+        x: np.ndarray,
+        keys: np.ndarray,
+        sampling: Sampling,
+    ) -> list[int]:
+        """From screened scores, float32[n, vocab], and hidden vectors, float32[n, hidden]."""
+        threads, vocab = self._settings.threads, self.config.vocab_size
+        tokens = [
+            screen.choose(row, vector, int(key), sampling.numbers, threads)
+            for row, vector, key in zip(scores, x, keys, strict=True)
+        ]
+        left = [place for place, token in enumerate(tokens) if token is None]
+        if left:
+            exact = np.empty((len(left), vocab), np.float32)
+            screen.read(np.arange(vocab, dtype=np.int32), x[left], exact, threads)
+            for place, row in zip(left, exact, strict=True):
+                tokens[place] = sample(row, int(keys[place]), sampling)
+        self.screened += len(tokens)
+        self.whole_heads += len(left)
+        self._in_vain = self._in_vain + 1 if len(left) == len(tokens) else 0
+        if self._in_vain >= IN_VAIN:
+            self._pause = PAUSE
+        return tokens
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
         try:
@@ -297,28 +344,28 @@ class BitNet:
         cache: KVCache,
         scores: np.ndarray,
         observe: Observer | None,
-        screened: bool = False,
+        screened: tuple[Screen, np.ndarray] | None = None,
         ticks: np.ndarray = NOT_TIMED,
     ) -> None:
-        """All layers, tile by tile; the cache grows by T, the last n tokens fill `scores`."""
+        """All layers, tile by tile; the cache grows by T, the last n tokens fill `scores`.
+
+        screened: what makes the scores, and room for what they are made of, float32[n, hidden].
+        """
         with self._lock:
             settings = self._settings
             self._require_room(cache, len(ids))
             table = self._table_for(settings)
-            if screened := screened and settings.screen is not None:
-                codes, scales = self._screen.codes, self._screen.scales
-                place = address(codes, np.int8, codes.shape, "the screen")
-                table = table._replace(head=place, head_bytes=1, head_scales=scales)
+            if screened:
+                table = self._screened_table(table, screened[0])
             before = len(ids) - len(scores)
             for first, last in _tiles(cache.length, len(ids)):
-                rows = scores[max(0, first - before) : max(0, last - before)]
+                part = slice(max(0, first - before), max(0, last - before))
                 start = cache.length + first
-                work = self._run(
-                    ids[first:last], cache, start, rows, table, settings, observe, ticks
-                )
-            if screened:
-                x = work.normed[last - first - 1, : self._shape.hidden]
-                self._screen.settle(scores[0], x, settings.screen)
+                tile, rows = ids[first:last], scores[part]
+                work = self._run(tile, cache, start, rows, table, settings, observe, ticks)
+                if screened:
+                    last_ones = slice(last - first - len(rows), last - first)
+                    screened[1][part] = work.normed[last_ones, : self._shape.hidden]
             cache.length += len(ids)
 
     def _require_room(self, cache: KVCache, tokens: int) -> None:
@@ -386,7 +433,8 @@ class BitNet:
         """All weights that a decode step reads: packed matrices, and the head or its int8 copy."""
         with self._lock:
             packed = self._arrays(self._packing(self._settings))
-        return [*packed, self._head if self._settings.screen is None else self._screen.codes]
+        screen = self._screen
+        return [*packed, screen.copy.codes if screen else self._head]
 
     def time_step(
         self, cache: KVCache, context: int, *, products: bool = True, head: bool = True
@@ -403,6 +451,8 @@ class BitNet:
             kernel = kernel_index(self._settings.kernel) if products else NO_KERNEL
             stages = STAGES * self._shape.layers + 1 + head
             table = self._table_for(self._settings)
+            if self._screen:
+                table = self._screened_table(table, self._screen)
             args = self._shape, table, cache._arrays, work, scores, context, 1, 0, stages
             start = time.perf_counter()
             run(step, (*args, kernel, threads), threads)
@@ -458,6 +508,21 @@ class BitNet:
                 observe(f"{prefix}{INNER[names[m]]}", work.inner[:tokens, :columns])
             observe(f"{prefix}{names[m]}.input", work.normed[:tokens, :columns])
             observe(f"{prefix}{names[m]}.int8", work.q[:tokens, :columns])
+
+    @property
+    def mode(self) -> dict[str, str | int]:
+        """How tokens are made now: what the settings say, and what was chosen by itself."""
+        tuning = self.tuning()
+        with self._lock:
+            table = self._table_for(self._settings)
+            return {
+                "packing": list(PACKINGS)[table.packing],
+                "head": "screened" if self._screen else "exact",
+                "ahead": table.ahead,
+                "head_ahead": tuning.head_ahead,
+                "threads": self.threads,
+                "kernel": self.kernel,
+            }
 
     def tuning(self) -> Tuning:
         """What was chosen for this machine, these threads and this kernel, measured if need be."""
@@ -521,6 +586,11 @@ class BitNet:
             0,
             0,
         )
+
+    def _screened_table(self, table: Table, screen: Screen) -> Table:
+        codes = screen.copy.codes
+        place = address(codes, np.int8, codes.shape, "the screen")
+        return table._replace(head=place, head_bytes=1, head_scales=screen.copy.scales)
 
     def _make_work(self, threads: int) -> Work:
         c = self.config

@@ -29,7 +29,10 @@ def test_all_fields_of_the_design_are_there_and_agree():
     assert json.loads(json.dumps(result)) == result
     assert result["threads"] == 2
     assert result["kernel"] in supported_kernels()
-    for name in ("decode_tokens_per_second", "prefill_tokens_per_second"):
+    mode = {"packing": "2bit", "head": "exact", "ahead": 0, "head_ahead": 0, "threads": 2}
+    assert result["mode"] == mode | {"kernel": result["kernel"]}
+    speeds = ("decode", "sampled_decode", "prefill")
+    for name in (f"{speed}_tokens_per_second" for speed in speeds):
         assert 0 < result[name]["min"] <= result[name]["median"] <= result[name]["max"]
     ternary = sum(rows * columns for rows, columns in SMALL.matrix_shapes.values()) * 2 // 4
     assert result["bytes_per_token"] == ternary + 2 * SMALL.vocab_size * SMALL.hidden_size
@@ -71,10 +74,33 @@ def test_a_profile_accounts_for_all_of_the_time(threads):
 
 def test_screened_head_reads_fewer_bytes():
     exact, screened = (
-        benchmark(shape="2b4t", repeats=1, contexts=[4], screen=k)["bytes_per_token"]
-        for k in (None, 1)
+        benchmark(shape="2b4t", repeats=1, contexts=[4], head=head)
+        for head in ("exact", "screened")
     )
-    assert exact - screened == SMALL.vocab_size * SMALL.hidden_size
+    fewer = exact["bytes_per_token"] - screened["bytes_per_token"]
+    assert fewer == SMALL.vocab_size * SMALL.hidden_size
+    assert screened["mode"]["head"] == "screened"
+    assert screened["whole_head_share"] == 0
+
+
+def test_tokens_are_made_as_a_generation_makes_them(monkeypatch):
+    seen = []
+    choose = BitNetLM.next_tokens
+
+    def spy(model, ids, cache, sampling, keys):
+        seen.append((cache.length, sampling.temperature, sampling.top_p))
+        return choose(model, ids, cache, sampling, keys)
+
+    monkeypatch.setattr(BitNetLM, "next_tokens", spy)
+    benchmark(shape="2b4t", repeats=1, contexts=[4, 32])
+    tokens = module.DECODE_TOKENS
+    for context, temperature, top_p, times in (
+        (4, 0.0, None, 2),
+        (4, 0.6, 0.9, 2),
+        (32, 0.0, None, 1),
+    ):
+        for n in range(tokens):
+            assert seen.count((context + n, temperature, top_p)) == times
 
 
 def test_bandwidth_reads_every_byte_once(monkeypatch):
@@ -101,7 +127,7 @@ def test_warns_when_the_machine_is_busy(monkeypatch):
 def test_the_table_shows_every_speed():
     from rich.console import Console
 
-    result = benchmark(shape="2b4t", repeats=1, contexts=[4, 32], profile=True)
+    result = benchmark(shape="2b4t", repeats=1, contexts=[4, 32], head="screened", profile=True)
     speed = {"min": 1.0, "median": 2.0, "max": 3.0}
     result["transformers"] = {
         "decode_tokens_per_second": speed,
@@ -112,17 +138,18 @@ def test_the_table_shows_every_speed():
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(render(result))
     text = console.export_text()
-    for words in (
+    shown = (
         "context 4 ",
         "context 32",
+        "context 4, sampled",
+        "screened head",
+        "0.0% of",
         "prefill",
-        "transformers, decode",
-        "5.00 GB",
-        "GB/s",
         "int8",
         "at 128 tokens",
         "1 token after 32",
-    ):
+    )
+    for words in (*shown, "transformers, decode", "5.00 GB", "GB/s"):
         assert words in text
 
 
@@ -134,7 +161,7 @@ def test_the_table_shows_every_speed():
         ({"repeats": 0}, InputError, "repeats must be a whole number from 1"),
         ({"repeats": "3"}, InputError, "whole number"),
         ({"contexts": [1.5]}, InputError, "whole number"),
-        ({"screen": 0}, InputError, "top_k must be a whole number from 1"),
+        ({"head": "half"}, InputError, "exact or screened"),
         ({"threads": 0}, InputError, "threads must be a whole number from 1"),
         ({"contexts": [0]}, InputError, "context must be a whole number from 1"),
         ({"cache_dtype": "int8"}, InputError, "float32 or float16"),

@@ -163,6 +163,10 @@ def test_generate_as_json(capsys, tiny):
     assert found["ids"] == tiny.generate(ids, max_new_tokens=20, **sampling)
     assert found["text"] == tiny.tokenizer.decode(found["ids"])
     assert found["tokens_per_second"] > 0
+    screened = json_of(
+        capsys, "generate", "tiny", "--prompt", "Hello", *options, "--head", "screened"
+    )
+    assert screened["ids"] == found["ids"]
 
 
 def test_generate_stops_before_a_text(capsys):

@@ -1,16 +1,14 @@
-"""Sampling against transformers' own logits processors; streams, stops and limits."""
+"""Options, streams, stops and limits. How a token is chosen: test_sampling.py."""
 
 import numpy as np
 import pytest
 from checkpoints import VOCABULARY, Recipe, write
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import torch, transformers
 
-from bitnet_edu import BitNetError, ContextLengthError, InputError, load
+from bitnet_edu import ContextLengthError, InputError, load
 from bitnet_edu.generate import BitNetLM, generate_ids, until
 from bitnet_edu.model import BATCH, BitNet, Settings
-from bitnet_edu.sampling import Sampling, sample
 
 PROMPT = [0, 70, 80, 90]
 
@@ -24,56 +22,6 @@ def model(tmp_path_factory):
 def greedy(model):
     """A long greedy text with no end token in force."""
     return model.generate(PROMPT, max_new_tokens=60, stop=())
-
-
-# Sampling
-
-
-class Draw:
-    """Stands in for a random generator: keeps what it may choose from, and the probabilities."""
-
-    def choice(self, order, p):
-        self.order, self.p = order, p
-        return order[0]
-
-
-@pytest.mark.parametrize("temperature", [0.2, 1.0, 3.0])
-@pytest.mark.parametrize("top_k", [None, 1, 5, 1000])
-@pytest.mark.parametrize("top_p", [None, 0.05, 0.6, 0.95, 1.0])
-def test_sampling_draws_from_the_distribution_of_transformers(temperature, top_k, top_p):
-    scores = np.random.default_rng(0).standard_normal(VOCABULARY).astype(np.float32)
-    draw = Draw()
-    sample(scores, draw, Sampling(temperature, top_k, top_p))
-    ours = np.zeros(VOCABULARY)
-    ours[draw.order] = draw.p
-
-    warped = transformers.TemperatureLogitsWarper(temperature)(None, torch.from_numpy(scores)[None])
-    if top_k is not None:
-        warped = transformers.TopKLogitsWarper(top_k)(None, warped)
-    if top_p is not None and top_p < 1:
-        warped = transformers.TopPLogitsWarper(top_p)(None, warped)
-    theirs = torch.softmax(warped.double(), -1)[0].numpy()
-    np.testing.assert_array_equal(ours > 0, theirs > 0)
-    np.testing.assert_allclose(ours, theirs, atol=1e-6)
-
-
-def test_draws_follow_the_probabilities():
-    scores = np.log(np.array([0.5, 0.3, 0.2], np.float32))
-    rng = np.random.default_rng(0)
-    draws = [sample(scores, rng, Sampling(1.0)) for _ in range(4000)]
-    shares = np.bincount(draws, minlength=3) / 4000
-    np.testing.assert_allclose(shares, [0.5, 0.3, 0.2], atol=0.03)  # four standard deviations
-
-
-@given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=9), st.floats(1e-3, 5))
-def test_greedy_is_the_limit_of_a_low_temperature_and_of_a_small_top_k(values, temperature):
-    scores, rng = np.array(values, np.float32), np.random.default_rng(0)
-    best = sample(scores, rng)
-    assert best == int(scores.argmax())
-    for options in ({"top_k": 1}, {"top_p": 1e-9}):
-        assert scores[sample(scores, rng, Sampling(temperature, **options))] == scores[best]
-    for tiny in (1e-12, 1e-320, 5e-324):
-        assert scores[sample(scores, rng, Sampling(tiny))] == scores[best]
 
 
 BAD_OPTIONS = [
@@ -142,12 +90,6 @@ def test_numpy_numbers_are_numbers(model):
     assert model.generate(PROMPT, np.int32(8), stop=(), **options) == expected
     assert model.generate(np.array(PROMPT, np.uint8), 8, stop=[np.int64(VOCABULARY - 1)])
     assert model.generate(tuple(PROMPT), 1) == model.generate(np.array(PROMPT), 1)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_scores_that_are_no_numbers_are_refused(value):
-    with pytest.raises(BitNetError, match="NaN or Inf"):
-        sample(np.array([1, value], np.float32), np.random.default_rng(0))
 
 
 # Generation
@@ -327,8 +269,11 @@ def test_the_model_has_an_engine_whose_settings_it_shows():
     assert model.engine.kernel == "portable"
     cache = model.new_cache(4)
     np.testing.assert_array_equal(model.forward(PROMPT, cache), model.engine.logits(PROMPT)[-1])
-    model.screen_head(3)
-    assert model.engine.settings.screen == 3
+    options = {"temperature": 0.8, "top_p": 0.9, "seed": 5}
+    made = model.generate(PROMPT, 12, **options)
+    model.settings = Settings(head="screened")
+    assert model.generate(PROMPT, 12, **options) == made
+    assert model.engine.screened == len(made)
 
 
 def test_a_model_without_a_tokenizer_works_with_ids_alone(tmp_path):

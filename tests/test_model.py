@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
+from bitnet_edu.kernels import screen
 from bitnet_edu.kernels.attention import SPAN
 from bitnet_edu.kernels.bits import has_float16
-from bitnet_edu.kernels.head import Screen
 from bitnet_edu.kernels.simd import supported_kernels
 from bitnet_edu.kernels.step import PART_NAMES
 from bitnet_edu.model import BATCH, BitNet, Settings, _tiles
 from bitnet_edu.packing import pack_base3_rows
 from bitnet_edu.reference import BitNetReference
+from bitnet_edu.sampling import Sampling
 from bitnet_edu.weights import BitNetConfig, TernaryMatrix, random_weights
 
 
@@ -175,7 +176,7 @@ def test_threads_do_not_change_a_bit():
     [{"threads": 0}, {"threads": -1}, {"threads": 257}, {"threads": "2"}, {"threads": True},
      {"threads": 1.5}, {"kernel": "abacus"}, {"kernel": None}, {"packing": "base4"},
      {"packing": None}, {"packing": ["2bit"]}, {"cache_dtype": np.int8},
-     {"cache_dtype": "float"}, {"screen": 0}, {"screen": -1}, {"screen": 1.0}],
+     {"cache_dtype": "float"}, {"head": "half"}, {"head": None}, {"head": 1}],
     ids=str,
 )  # fmt: skip
 def test_settings_are_checked_when_they_are_made(wrong):
@@ -186,8 +187,6 @@ def test_settings_are_checked_when_they_are_made(wrong):
         with pytest.raises(InputError):
             setattr(model, name, wrong[name])
     assert model.settings == Settings()
-    with pytest.raises(InputError, match="top_k must be a whole number from 1 to 96"):
-        model.settings = Settings(screen=97)
     with pytest.raises(InputError, match=r"model\.Settings"):
         model.settings = {"threads": 1}
 
@@ -430,48 +429,82 @@ def test_threads_that_change_in_the_middle_of_a_step():
         sys.setswitchinterval(before)
 
 
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
-@pytest.mark.parametrize("top_k", [1, 10])
-def test_screened_head_finds_the_same_best_words_with_the_same_logits(dtype, top_k):
+WAYS = [
+    Sampling(),
+    Sampling(1.0),
+    Sampling(0.7, 10),
+    Sampling(0.6, None, 0.9),
+    Sampling(20.0, None, 0.9),
+]
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+@pytest.mark.parametrize("sampling", WAYS, ids=str)
+def test_a_screened_head_gives_the_same_tokens(dtype, sampling):
     model = model_of(config(vocab=2000, hidden=256, heads=4), dtype=dtype, tied=False)
     head = model.weights.lm_head
     head[50:90] = head[7]  # many near-equals that int8 cannot tell apart
     head[50:90, :3] += np.random.default_rng(1).normal(0, 0.02, (40, 3)).astype(dtype)
     head[90] = 0
-    model = BitNet(model.config, model.weights)
-    prompts = [ids_of(model.config, 5, seed) for seed in range(30)]
-    exact = [model.forward(ids, model.new_cache(5)) for ids in prompts]
-    model.screen_head(top_k)
-    for ids, expected in zip(prompts, exact, strict=True):
-        found = model.forward(ids, model.new_cache(5))
-        best = np.argsort(-expected, kind="stable")[:top_k]
-        np.testing.assert_array_equal(np.argsort(-found, kind="stable")[:top_k], best)
-        np.testing.assert_array_equal(found[best], expected[best])
-        assert 0 < difference(found, expected) < 0.02  # the others are a little off
-    np.testing.assert_array_equal(model.logits(prompts[0])[-1], exact[0])  # which is never screened
-    for wrong in (0, 2001, "3", 1.0):
-        with pytest.raises(InputError, match="top_k"):
-            model.screen_head(wrong)
+    exact, screened = (BitNet(model.config, model.weights) for _ in range(2))
+    screened.settings = Settings(head="screened")
+    for seed in range(12):
+        ids = ids_of(model.config, BATCH + 4, seed)[-(9 if seed else BATCH + 4) :]
+        screened.threads = seed % 3 + 1
+        for count in range(1, 10):
+            keys = np.arange(count, dtype=np.uint64) + np.uint64(seed * 1000)
+            tokens = [
+                engine.next_tokens(ids, engine.new_cache(len(ids)), sampling, keys)
+                for engine in (exact, screened)
+            ]
+            assert tokens[0] == tokens[1]
+    np.testing.assert_array_equal(screened.logits(ids), exact.logits(ids))  # never screened
+    forward = screened.forward(ids, screened.new_cache(9))
+    np.testing.assert_array_equal(forward, exact.logits(ids)[-1])
+    assert (exact.screened, screened.screened) == (0, 12 * 45)
+    assert screened.whole_heads == 0  # no more than `MOST_ROWS` words, so none is out of reach
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_the_screen_hides_no_nan(value):
+def test_where_the_screen_cannot_tell_the_whole_head_does(monkeypatch):
+    monkeypatch.setattr(screen, "MOST_ROWS", 20)
+    model = model_of(config(vocab=2000), tied=False)
+    model.weights.lm_head[:] *= 0.01
+    ids, keys = ids_of(model.config, 9), np.arange(7, dtype=np.uint64)
+    for sampling in (Sampling(5.0, None, 0.9), Sampling(5.0, 1000)):
+        expected = model.next_tokens(ids, model.new_cache(9), sampling, keys)
+        model.settings = Settings(head="screened")
+        before = model.whole_heads
+        assert model.next_tokens(ids, model.new_cache(9), sampling, keys) == expected
+        assert model.whole_heads == before + 7
+        model.settings = Settings()
+    assert model.screened == 14
+
+
+@pytest.mark.parametrize("head", ["exact", "screened"])
+def test_scores_that_are_none_are_told_whatever_the_head(head):
+    model = model_of(config(), dtype=np.float32, tied=False)
+    model.weights.lm_head[:] = 3e38
+    model.settings = Settings(head=head)
+    ids, key = ids_of(model.config, 3), np.zeros(1, np.uint64)
+    for sampling in WAYS:
+        with pytest.raises(BitNetError, match="NaN or Inf"):
+            model.next_tokens(ids, model.new_cache(3), sampling, key)
+
+
+def test_a_head_with_nan_is_not_screened():
     model = model_of(config(), tied=False)
-    model.weights.lm_head[50, 3] = value
+    model.weights.lm_head[50, 3] = np.nan
     with pytest.raises(InputError, match="1 NaN or Inf"):
-        model.screen_head(5)
+        model.settings = Settings(head="screened")
+    assert model.settings == Settings()
 
 
-def test_the_screen_bounds_its_error():
-    rng = np.random.default_rng(0)
-    head = rng.standard_cauchy((500, 130)).astype(np.float32)
-    screen = Screen(head)
-    for _ in range(20):
-        x = (rng.standard_normal(130) * 10.0 ** rng.integers(-3, 4, 130)).astype(np.float32)
-        exact = head.astype(np.float64) @ x.astype(np.float64)
-        screened = screen.scales * (screen.codes.astype(np.float32) @ x)
-        error = np.abs(exact - screened)
-        assert (error <= screen.slack * np.linalg.norm(x.astype(np.float64))).all()
-        logits = screened.copy()
-        assert 1 <= screen.settle(logits, x, 1) < 500
-        assert logits.argmax() == exact.argmax()
+@pytest.mark.parametrize(
+    "keys", [[1], None, np.zeros(0, np.uint64), np.zeros(4, np.uint64), np.zeros(1, np.int64)]
+)
+def test_keys_that_do_not_fit(keys):
+    model = model_of(config())
+    cache = model.new_cache(3)
+    with pytest.raises(InputError, match=r"keys|choices"):
+        model.next_tokens(ids_of(model.config, 3), cache, Sampling(), keys)
+    assert cache.length == 0

@@ -1,40 +1,20 @@
-"""The LM head: exact logits of the whole vocabulary, or of the few words that can still win.
+"""The LM head: exact logits, a row of the head for each word. (`screen.py` reads fewer bytes.)"""
 
-`Screen` keeps each row w of the head, one for each word, as int8 too: w = s c + e. For the hidden
-vector x, reading only c, half the bytes, gives w . x up to |e . x| <= |e| |x| (Cauchy-Schwarz),
-and the length |e| of a row's error is known beforehand:
-
-    s c . x - |e| |x|  <=  w . x  <=  s c . x + |e| |x|.
-
-A word whose upper end lies below the k-th largest lower end is not among the k best. Only the rows
-of the others are read and multiplied exactly. What is left out keeps s c . x, which lies below the
-k-th best: so the k largest logits are those of the exact head, bit for bit and in order.
-
-Rounding counts too: a float32 sum of n products, added up in any order, is off by at most
-n u / (1 - n u) times |w| |x| with u = 2**-24 (Higham, Accuracy and Stability, 3.1). It happens in
-the screen and in the exact logit; a few more roundings are covered by n + 8 in place of n.
-"""
-
-import ml_dtypes
 import numpy as np
 from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bitnet_edu.errors import InputError
 from bitnet_edu.kernels.bits import (
     FLOATS,
     as_float,
     at,
-    cached_jit,
     jit,
     load_floats,
     multiply_add,
     pointer,
 )
-from bitnet_edu.kernels.border import address, checked
-from bitnet_edu.kernels.matmul import count_nonfinite
 from bitnet_edu.kernels.simd import INT8, INT16, INT32, INT64, STEP, prefetch_line, sum_lanes
 
 TOKENS = 4  # that share the loads of a row
@@ -54,11 +34,14 @@ def head_rows(head, number_bytes, scales, x, first, last, logits, ahead):
     for r in range(first, last):
         row, token = head + r * hidden * number_bytes, 0
         while token < tokens:
-            tile = TOKENS if tokens - token >= TOKENS and number_bytes > 1 else 1
+            tile = TOKENS if tokens - token >= TOKENS else 1
             whole, place = hidden // STEP * STEP, at(logits[token, r:])
             args = at(x[token:]), x_row, row, whole, place, out_row, ahead
             if number_bytes == 1:
-                _int8_one(*args)
+                if tile > 1:
+                    _int8_tile(*args)
+                else:
+                    _int8_one(*args)
             elif number_bytes == 2:
                 if tile > 1:
                     _bfloat16_tile(*args)
@@ -154,53 +137,6 @@ def _dot(number_bytes: int, tokens: int):
     return intrinsic(typer)
 
 
-_int8_one = _dot(1, 1)
+_int8_one, _int8_tile = _dot(1, 1), _dot(1, TOKENS)
 _bfloat16_one, _bfloat16_tile = _dot(2, 1), _dot(2, TOKENS)
 _float32_one, _float32_tile = _dot(4, 1), _dot(4, TOKENS)
-
-
-class Screen:
-    """The int8 copy of a head, bfloat16 or float32[vocab, hidden], and how far it may be off."""
-
-    def __init__(self, head: np.ndarray):
-        checked(head, (np.float32, ml_dtypes.bfloat16), (None, None), "a head")
-        if bad := count_nonfinite(head):
-            raise InputError(f"a head with {bad} NaN or Inf can't be screened: it has no best word")
-        vocab, hidden = head.shape
-        self.head = head
-        self.codes = np.empty((vocab, hidden), np.int8)
-        self.scales = np.empty(vocab, np.float32)
-        self.slack = np.empty(vocab, np.float32)  # |logit - screened logit| <= slack * |x|
-        for first in range(0, vocab, 4096):
-            part = slice(first, first + 4096)
-            rows = head[part].astype(np.float32)
-            largest = np.abs(rows).max(axis=1, keepdims=True)
-            scale = np.where(largest > 0, largest / np.float32(127), np.float32(1))
-            codes = np.rint(rows / scale)
-            kept = np.float64(scale) * codes
-            u = (hidden + 8) * 2.0**-24
-            slack = norms(rows - kept) + u / (1 - u) * (norms(rows) + norms(kept))
-            self.codes[part], self.scales[part] = codes, scale[:, 0]
-            self.slack[part] = np.nextafter(np.float32(slack), np.float32(np.inf))
-
-    def settle(self, logits: np.ndarray, x: np.ndarray, k: int) -> int:
-        """Make the k best of float32[vocab] screened logits exact, in place; returns rows read."""
-        reach = self.slack * np.nextafter(np.float32(norms(x)), np.float32(np.inf))
-        lower = logits - reach
-        threshold = lower.max() if k == 1 else np.partition(lower, -k)[-k]
-        rows = np.flatnonzero(logits + reach >= threshold)
-        head = address(self.head, self.head.dtype.type, self.head.shape, "a head")
-        exact_rows(head, self.head.itemsize, self.scales, x[None], rows, logits[None])
-        return len(rows)
-
-
-def norms(x: np.ndarray) -> np.ndarray:
-    """Euclidean length of each row, in float64."""
-    x = x.astype(np.float64)
-    return np.sqrt((x * x).sum(axis=-1))
-
-
-@cached_jit
-def exact_rows(head, number_bytes, scales, x, rows, logits):
-    for r in rows:
-        head_rows(head, number_bytes, scales, x, r, r + 1, logits, 0)
