@@ -470,7 +470,7 @@ class BitNet:
         scores = np.empty((1, self.config.vocab_size), np.float32)
         ticks = aligned_zeros((MOST_THREADS, 8), np.int64)  # a cache line for each thread
         threads, start = self.threads, time.perf_counter()
-        self._body(ids, cache, scores, None, screened=True, ticks=ticks)
+        self._body(ids, cache, scores, None, ticks=ticks)
         whole = time.perf_counter() - start
         seconds = ticks.sum(axis=0) / 1e9 / threads
         parts = {name: float(s) for name, s in zip(PART_NAMES, seconds, strict=False)}
