@@ -256,6 +256,11 @@ def add_sampling(verb: Parser, tokens: int) -> None:
     verb.add_argument(
         "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
     )
+    verb.add_argument(
+        "--no-guess",
+        action="store_true",
+        help="one token a step, never several guessed ahead: the same text, often slower",
+    )
 
 
 def add_json(verb: Parser) -> None:
@@ -269,7 +274,7 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
     Sampling(args.temperature, args.top_k, args.top_p, args.seed)  # before a model is loaded
     require_request(args.max_new_tokens)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in names} | {"guess": not args.no_guess}
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -308,9 +313,11 @@ def chat(args: argparse.Namespace) -> int:
 def generate(args: argparse.Namespace) -> int:
     """Continue a text. The prompt goes in as it is; --chat puts it into the chat template.
 
-    tokens_per_second, in the JSON object, counts from the first token on.
+    In the JSON object, tokens_per_second counts from the first token on; steps are calls of the
+    engine, fewer than tokens where some of those guessed ahead were accepted.
     """
     import bitnet_edu
+    from bitnet_edu.guess import as_guesser
     from bitnet_edu.terminal import Clock
 
     options, prompt = sampling_of(args), args.prompt
@@ -327,6 +334,7 @@ def generate(args: argparse.Namespace) -> int:
     if not ids:
         raise InputError("the prompt is empty, and this tokenizer has no start token: write some")
     made, text, clock = [], "", Clock()
+    options["guess"] = guesser = as_guesser(options["guess"])
     for piece in model.stream(ids, made=made, **options):
         clock.see(len(made))
         text += piece
@@ -334,8 +342,9 @@ def generate(args: argparse.Namespace) -> int:
             print(piece, end="", flush=True)
     clock.see(len(made))
     if args.json:
-        speed = clock.tokens_per_second
-        print_json({"text": text, "ids": made, "prompt_ids": ids, "tokens_per_second": speed})
+        said = {"text": text, "ids": made, "prompt_ids": ids}
+        said["tokens_per_second"] = clock.tokens_per_second
+        print_json(said | guesser.counts())
     else:
         print()
     return 0

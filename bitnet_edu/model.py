@@ -266,7 +266,7 @@ class BitNet:
         if not 1 <= len(keys) <= len(ids):
             raise InputError(f"{len(keys)} choices can't be made after {len(ids)} tokens")
         scores = np.empty((len(keys), self.config.vocab_size), np.float32)
-        self._body(ids, cache, scores, None, screened=len(keys) == 1)
+        self._body(ids, cache, scores, None, screened=True)
         return [sample(row, int(key), sampling) for row, key in zip(scores, keys, strict=True)]
 
     def _checked(self, ids: np.ndarray) -> np.ndarray:
@@ -305,9 +305,10 @@ class BitNet:
                 rows = scores[max(0, first - before) : max(0, last - before)]
                 start = cache.length + first
                 work = self._run(ids[first:last], cache, start, rows, table, settings, observe)
-            if screened:
-                x = work.normed[last - first - 1, : self._shape.hidden]
-                self._screen.settle(scores[0], x, settings.screen)
+                if screened:
+                    inputs = work.normed[last - first - len(rows) : last - first]
+                    for row, x in zip(rows, inputs, strict=True):
+                        self._screen.settle(row, x[: self._shape.hidden], settings.screen)
             cache.length += len(ids)
 
     def _require_room(self, cache: KVCache, tokens: int) -> None:
