@@ -13,21 +13,21 @@ from collections.abc import Sequence
 
 from bitnet_edu.errors import InputError, require_whole
 
-NGRAMS = 4, 3  # how many last tokens must have been seen before; with two, chance is too common
+NGRAMS = 5, 3  # how many last tokens must have been seen before; with two, chance is too common
 LONGEST = 15  # with the token before them 16, which the kernels take by fours
-START, MOST = 3.0, 30.0  # credit, in tokens
-PER_TOKEN, PER_HIT = 1 / 32, 1 / 2  # credit earned
+START, MOST = 4.0, 30.0  # credit, in tokens
+PER_TOKEN, PER_HIT = 1 / 32, 1 / 3  # credit earned
 
 
 class Guesser:
     """Knows a text and guesses how it goes on; `longest` 0: never.
 
     How many tokens are worth a guess is a matter of credit. A wrong one takes 1, a right one
-    brings 1/2, any token of the text 1/32; half of the credit may be guessed at a time. So after T
-    tokens with A right guesses at most 3 + T / 32 + A / 2 guesses were wrong. Where a further
-    token in a step costs less than 2/3 of a step, A right ones save more than the A / 2 wrong ones
-    cost, and a text that no guess fits gets slower by (3 + T / 32) such tokens at worst. No clock
-    is involved: the same text takes the same steps on every machine.
+    brings 1/3, any token of the text 1/32; half of the credit may be guessed at a time. So after T
+    tokens with A right guesses at most 4 + T / 32 + A / 3 guesses were wrong. As long as a further
+    token in a step costs less than 3/4 of a step, A right ones save more than A / 3 wrong ones
+    cost, and a text that no guess fits pays for 4 + T / 32 further tokens at worst. No clock is
+    involved: the same text takes the same steps on every machine.
 
     """
 
@@ -42,13 +42,12 @@ class Guesser:
         """The text goes on with these tokens."""
         if not self.longest:
             return
-        old = len(self._tokens)
-        self._tokens += tokens
-        for n in NGRAMS:
-            # the last n-gram is left out until something has followed it
-            window = self._tokens[max(0, old - n) : -1]
-            grams = zip(*(window[i:] for i in range(n)), strict=False)
-            self._next.update(zip(grams, range(max(old, n), len(self._tokens)), strict=True))
+        known = self._tokens
+        for token in tokens:
+            for n in NGRAMS:
+                if len(known) >= n:
+                    self._next[tuple(known[-n:])] = len(known)
+            known.append(token)
 
     def guess(self, room: int) -> list[int]:
         """Up to `room` tokens that may come next: what followed when the end last occurred.
