@@ -208,6 +208,9 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--screen", type=int, metavar="K", help="read half the head; the K best words stay exact"
     )
+    verb.add_argument(
+        "--guess", action="store_true", help="also what guessing ahead brings, for kinds of text"
+    )
     add_json(verb)
 
     add_json(add_verb(verbs, doctor, "bitnet-edu doctor"))
@@ -453,6 +456,7 @@ def bench(args: argparse.Namespace) -> int:
         contexts=args.contexts,
         cache_dtype=args.cache,
         screen=args.screen,
+        guess=args.guess,
         progress=lambda message: print(message, file=sys.stderr),
     )
     if args.json:
