@@ -353,11 +353,11 @@ for 51 days. If you want to go, take the ferry from Port Ellery; the crossing ta
 You can see the keepers' houses, which are a museum, open from May to September.
 """
 STORY = """Mira had never trusted the clock in her grandmother's kitchen. It ran backwards on \
-rainy days, and nobody but her seemed to notice. One Thursday, while soup simmered on the stove, she \
-climbed onto a chair and opened its little glass door. Behind the dial sat a snail no bigger than \
-a pea, harnessed to the smallest wheel. "At last," it sighed. "Do you have any idea how hard it is \
-to pull an hour uphill?" She fetched a lettuce leaf, undid the silver thread, and asked what would \
-happen to time if its engine took a holiday.
+rainy days, and nobody but her seemed to notice. One Thursday, while soup simmered on the stove, \
+she climbed onto a chair and opened its little glass door. Behind the dial sat a snail no bigger \
+than a pea, harnessed to the smallest wheel. "At last," it sighed. "Do you have any idea how hard \
+it is to pull an hour uphill?" She fetched a lettuce leaf, undid the silver thread, and asked what \
+would happen to time if its engine took a holiday.
 """
 KINDS = {  # a prompt, and what we make of it
     "copying a passage": (f"Repeat this word for word:\n{PASSAGE}\n", PASSAGE),
@@ -404,13 +404,12 @@ def measure_guessing(
         ratios = []
         for repeat in range(repeats):
             progress(f"guessing ahead: {kind}, {repeat + 1} of {repeats}")
-            runs, guesser = {}, Guesser()
-            for which in (guesser, Guesser(0))[:: (-1) ** repeat]:
-                runs[which] = _say(model, text, len(prompt), which)
-            (seconds, own), (plain_seconds, plain_own) = (runs.pop(guesser), *runs.values())
-            if own != plain_own:
+            guesser = Guesser()
+            turns = [(True, guesser), (False, Guesser(0))][:: (-1) ** repeat]
+            runs = {which: _say(model, text, len(prompt), ours) for which, ours in turns}
+            if runs[True][1] != runs[False][1]:
                 raise BitNetError(f"other tokens were chosen when guessing ahead ({kind})")
-            ratios.append(plain_seconds / seconds)
+            ratios.append(runs[False][0] / runs[True][0])
         results.append(
             {
                 "kind": kind,
