@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from checkpoints import VOCABULARY, Recipe, make, save, write, write_tokenizer
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bitnet_edu import BitNetError, ChatSession, InputError, load
@@ -138,6 +138,17 @@ def test_a_screened_head_chooses_the_same_several_at_a_time(small, loop):
         made = list(generate_ids(model, loop, 120, sampling, stop=(), guess=guesser))
         assert made == list(generate_ids(model, loop, 120, sampling, stop=(), guess=False))
         assert guesser.accepted > 0
+
+
+def test_a_screened_head_scores_the_same_several_at_a_time(small, loop, monkeypatch):
+    model, cache = BitNetLM(small.config, small.weights, small.tokenizer), small.new_cache()
+    model.screen_head(2)
+    model.forward(loop[:12], cache)
+    expected = [model.forward([token], cache) for token in loop[12:20]]
+    rows = []
+    monkeypatch.setattr("bitnet_edu.model.sample", lambda row, *_: rows.append(row.copy()) or 0)
+    model.next_tokens(loop[:20], small.new_cache(), GREEDY, np.zeros(8, np.uint64))
+    np.testing.assert_array_equal(rows, expected)
 
 
 # The same ends, the same cache
@@ -315,6 +326,9 @@ def test_a_chat_goes_on_after_any_answer_was_closed(small):
 # The guesser itself
 
 
+@example([0, 1] * 4, 3, 9)  # a loop, guessed beyond its end
+@example([*range(6), 7, *range(6), 8, *range(6)], 2, 9)  # twice before: the last time counts
+@example([0, 1, 2, 3, 4, 5, 9, 2, 3, 4, 6, 0, 1, 2, 3, 4], 1, 9)  # the longer match counts
 @given(st.lists(st.integers(0, 2), max_size=60), st.integers(1, 9), st.integers(0, 20))
 def test_a_guess_is_what_followed_last_time(text, cut, room):
     guesser = Guesser()
