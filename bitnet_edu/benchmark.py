@@ -20,7 +20,8 @@ from numba import carray
 
 import bitnet_edu
 from bitnet_edu.errors import BitNetError, ContextLengthError, InputError, require_whole
-from bitnet_edu.generate import BitNetLM
+from bitnet_edu.generate import BitNetLM, generate_ids
+from bitnet_edu.guess import Guesser
 from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit, pointer
 from bitnet_edu.kernels.border import address
 from bitnet_edu.kernels.peak import operands, products_of_a_chunk, spin
@@ -61,6 +62,7 @@ def benchmark(
     head: str = "auto",
     ternarize: bool = False,
     profile: bool = False,
+    guess: bool = False,
     progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Measure a model; the result is ready for JSON, speeds as {min, median, max}.
@@ -70,7 +72,8 @@ def benchmark(
     fit; the first is the one of `decode_tokens_per_second`. prompt_tokens: of the prefill.
     cache_dtype: "float32" or "float16". packing, head: as in `model.Settings`. ternarize: as for
     `load`. profile: also where the time of prompts goes, and of a decode step (see
-    `BitNet.profile`). progress: told what is being done. Raises InputError, ContextLengthError if
+    `BitNet.profile`). guess: also what guessing ahead brings, with four kinds of text (see
+    `measure_guessing`). progress: told what is being done. Raises InputError, ContextLengthError if
     no context fits, and what loading raises.
     """
     if shape not in (None, *SHAPES) or against not in (None, "transformers"):
@@ -110,6 +113,7 @@ def benchmark(
                     other,
                     progress,
                 ),
+                **({"guessing": measure_guessing(model, repeats, progress)} if guess else {}),
                 "peak_rss_bytes": peak_memory(),
             }
             if profile:
@@ -382,6 +386,122 @@ class _Other:
         return answer
 
 
+# --- Guessing ahead ------------------------------------------------------------------------------
+
+PASSAGE = """The lighthouse at Crane Point was built in 1871 from grey granite that was quarried \
+on the island itself. Its tower is 38 metres high. Until 1966 three keepers lived there with their \
+families and wound the clockwork of the lamp every four hours. Supplies came by boat once a \
+fortnight, and in the winter of 1903 no boat could land for 51 days. The keepers' houses are a \
+museum now, open from May to September. Visitors take the ferry from Port Ellery; the crossing \
+takes 40 minutes. Please stay on the marked paths, because terns breed between the stones.
+"""
+CODE = """def read_table(path):
+    rows = []
+    for line in open(path):
+        if not line.startswith("#"):
+            rows.append([float(cell) for cell in line.split(",")])
+    return rows
+
+
+def column_means(rows):
+    totals = [0.0] * len(rows[0])
+    for row in rows:
+        for i, cell in enumerate(row):
+            totals[i] += cell
+    return [total / len(rows) for total in totals]
+"""
+EDITED = CODE.replace("read_table(path)", "read_table(path, separator)")
+EDITED = EDITED.replace('split(",")', "split(separator)").replace("cell", "value")
+ABOUT_IT = """It was built in 1871, from grey granite that was quarried on the island itself. For \
+almost a century people lived there: until 1966 three keepers, with their families, wound the \
+clockwork of the lamp every four hours. Life was lonely: in the winter of 1903 no boat could land \
+for 51 days. If you want to go, take the ferry from Port Ellery; the crossing takes 40 minutes. \
+You can see the keepers' houses, which are a museum, open from May to September.
+"""
+STORY = """Mira had never trusted the clock in her grandmother's kitchen. It ran backwards on \
+rainy days, and nobody but her seemed to notice. One Thursday, while soup simmered on the stove, \
+she climbed onto a chair and opened its little glass door. Behind the dial sat a snail no bigger \
+than a pea, harnessed to the smallest wheel. "At last," it sighed. "Do you have any idea how hard \
+it is to pull an hour uphill?" She fetched a lettuce leaf, undid the silver thread, and asked what \
+would happen to time if its engine took a holiday.
+"""
+KINDS = {  # a prompt, and what we make of it
+    "copying a passage": (f"Repeat this word for word:\n{PASSAGE}\n", PASSAGE),
+    "editing code": (f"Rename cell to value, add a parameter separator:\n{CODE}\n", EDITED),
+    "about a document": (f"{PASSAGE}\nHow was life there, and how do I get there?\n", ABOUT_IT),
+    "free story": ("Tell me a story about a clock.\n", STORY),
+}
+
+
+class _Scripted:
+    """An engine that does all its work, but says what a given text says."""
+
+    def __init__(self, model: BitNetLM, text: list[int]):
+        self.model, self.config, self.forward, self.text = model, model.config, model.forward, text
+        self.own = [-1] * len(text)  # what it would have said at each place
+
+    def next_tokens(
+        self, ids: Sequence[int], cache: KVCache, sampling: Sampling, keys: np.ndarray
+    ) -> list[int]:
+        chosen = self.model.next_tokens(ids, cache, sampling, keys)
+        places = slice(cache.length + 1 - len(keys), cache.length + 1)
+        self.own[places] = chosen
+        return self.text[places]
+
+
+def measure_guessing(
+    model: BitNetLM, repeats: int, progress: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """What guessing ahead brings for each of `KINDS`, with and without it by turns.
+
+    How often a guess is right depends on the text, and a model at hand (a random one, say) does
+    not write all kinds. So the text is given, and the model works on it as if it were its own: all
+    of each step is computed, choices too, and these must be the same with and without guesses,
+    else BitNetError. A model without a tokenizer reads with that of `tiny`.
+    """
+    tokenizer = model.tokenizer or bitnet_edu.load("tiny").tokenizer
+    most, results = model.config.max_position_embeddings, []
+    for kind, (question, answer) in KINDS.items():
+        prompt = tokenizer.encode(question)
+        text = [*prompt, *tokenizer.encode(answer, add_special_tokens=False)][:most]
+        text = [token % model.config.vocab_size for token in text]
+        if len(prompt) >= len(text):
+            raise ContextLengthError(f"a context of {most} tokens is too short to guess ahead in")
+        ratios = []
+        for repeat in range(repeats):
+            progress(f"guessing ahead: {kind}, {repeat + 1} of {repeats}")
+            guesser = Guesser()
+            turns = [(True, guesser), (False, Guesser(0))][:: (-1) ** repeat]
+            runs = {which: _say(model, text, len(prompt), ours) for which, ours in turns}
+            if runs[True][1] != runs[False][1]:
+                raise BitNetError(f"other tokens were chosen when guessing ahead ({kind})")
+            ratios.append(runs[False][0] / runs[True][0])
+        results.append(
+            {
+                "kind": kind,
+                "tokens": len(text) - len(prompt),
+                "speedup": float(np.median(ratios)),
+                "acceptance": guesser.accepted / guesser.guessed if guesser.guessed else None,
+                **guesser.counts(),
+            }
+        )
+    return results
+
+
+def _say(
+    model: BitNetLM, text: list[int], prompt: int, guesser: Guesser
+) -> tuple[float, list[int]]:
+    """Seconds from the first token on; the tokens that the model itself would have chosen."""
+    engine, count = _Scripted(model, text), len(text) - prompt
+    cache = model.new_cache(len(text))
+    tokens = generate_ids(engine, text[:prompt], count, stop=(), cache=cache, guess=guesser)
+    next(tokens)
+    start = time.perf_counter()
+    for _ in tokens:
+        pass
+    return time.perf_counter() - start, engine.own[prompt:]
+
+
 # --- The table -----------------------------------------------------------------------------------
 
 
@@ -429,6 +549,12 @@ def render(result: dict[str, Any]) -> "Group":
         after = f" after {entry['context']}" if entry["context"] else ""
         plural = "s" * (entry["tokens"] > 1)
         lines.append(f"{entry['tokens']} token{plural}{after}, {whole:.3f} s: {split}")
+    for found in result.get("guessing", ()):
+        lines.append(
+            f"guessing ahead, {found['kind']}: {found['speedup']:.2f} times as fast, "
+            f"{found['tokens']} tokens in {found['steps']} steps, "
+            f"{found['accepted_tokens']} of {found['guessed_tokens']} guesses right"
+        )
     if theirs:
         lines.append(
             f"transformers: loaded in {theirs['load_seconds']:.1f} s, at most "

@@ -14,6 +14,7 @@ from bitnet_edu.generate import (
     split_stop,
     until,
 )
+from bitnet_edu.guess import Guesser, as_guesser
 from bitnet_edu.sampling import Sampling
 from bitnet_edu.tokenizer import Message, clean_text
 
@@ -40,6 +41,7 @@ class ChatSession:
         stop: Stop = None,
         made: list[int] | None = None,
         progress: Progress | None = None,
+        guess: bool | Guesser = True,
     ) -> Iterator[str]:
         """Yield the answer piece by piece; options as in `BitNetLM.stream`.
 
@@ -50,7 +52,7 @@ class ChatSession:
         """
         question = {"role": "user", "content": clean_text(text, "a message")}
         sampling = Sampling(temperature, top_k, top_p, seed)
-        return self._answer([question], max_new_tokens, sampling, stop, made, progress)
+        return self._answer([question], max_new_tokens, sampling, stop, made, progress, guess)
 
     def answer(
         self,
@@ -63,10 +65,11 @@ class ChatSession:
         stop: Stop = None,
         made: list[int] | None = None,
         progress: Progress | None = None,
+        guess: bool | Guesser = True,
     ) -> Iterator[str]:
         """Answer the last message of the transcript (after an edit: answer again)."""
         sampling = Sampling(temperature, top_k, top_p, seed)
-        return self._answer([], max_new_tokens, sampling, stop, made, progress)
+        return self._answer([], max_new_tokens, sampling, stop, made, progress, guess)
 
     @property
     def system(self) -> str | None:
@@ -140,12 +143,14 @@ class ChatSession:
         stop: Stop,
         made: list[int] | None,
         progress: Progress | None,
+        guess: bool | Guesser,
     ) -> Iterator[str]:
         """Check everything now, and work once the first piece is asked for."""
         stops = split_stop(stop, self.model.config)
         require_request(max_new_tokens, made, progress)
+        guesser = as_guesser(guess)
         self.prompt(*question)
-        return self._turn(question, max_new_tokens, sampling, *stops, made, progress)
+        return self._turn(question, max_new_tokens, sampling, *stops, made, progress, guesser)
 
     def _turn(
         self,
@@ -156,8 +161,10 @@ class ChatSession:
         strings: list[str],
         made: list[int] | None,
         progress: Progress | None,
+        guesser: Guesser,
     ) -> Iterator[str]:
         new_ids = self._rewind(self.prompt(*question))
+        guesser.extend(self._cached_ids[: self.cache.length])
         tokens = generate_ids(
             self.model,
             new_ids,
@@ -166,6 +173,7 @@ class ChatSession:
             stop=ends,
             cache=self.cache,
             progress=progress,
+            guess=guesser,
         )
         pieces = self.model.require_tokenizer().decode_stream(
             recorded(tokens, self._cached_ids, made)

@@ -212,6 +212,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--packing", choices=("auto", "2bit", "base3"), default="auto", help="of ternary weights"
     )
     verb.add_argument("--profile", action="store_true", help="also show where the time goes")
+    verb.add_argument(
+        "--guess", action="store_true", help="also what guessing ahead brings, for kinds of text"
+    )
     add_head(verb)
     add_json(verb)
 
@@ -261,6 +264,11 @@ def add_sampling(verb: Parser, tokens: int) -> None:
     verb.add_argument(
         "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
     )
+    verb.add_argument(
+        "--no-guess",
+        action="store_true",
+        help="one token a step, never several guessed ahead: the same text, often slower",
+    )
 
 
 def add_head(verb: Parser) -> None:
@@ -279,7 +287,7 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
     Sampling(args.temperature, args.top_k, args.top_p, args.seed)  # before a model is loaded
     require_request(args.max_new_tokens)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in names} | {"guess": not args.no_guess}
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -319,9 +327,11 @@ def chat(args: argparse.Namespace) -> int:
 def generate(args: argparse.Namespace) -> int:
     """Continue a text. The prompt goes in as it is; --chat puts it into the chat template.
 
-    tokens_per_second, in the JSON object, counts from the first token on.
+    In the JSON object, tokens_per_second counts from the first token on; steps are calls of the
+    engine, fewer than tokens where some of those guessed ahead were accepted.
     """
     import bitnet_edu
+    from bitnet_edu.guess import as_guesser
     from bitnet_edu.terminal import Clock
 
     options, prompt = sampling_of(args), args.prompt
@@ -339,6 +349,7 @@ def generate(args: argparse.Namespace) -> int:
     if not ids:
         raise InputError("the prompt is empty, and this tokenizer has no start token: write some")
     made, text, clock = [], "", Clock()
+    options["guess"] = guesser = as_guesser(options["guess"])
     for piece in model.stream(ids, made=made, **options):
         clock.see(len(made))
         text += piece
@@ -346,8 +357,9 @@ def generate(args: argparse.Namespace) -> int:
             print(piece, end="", flush=True)
     clock.see(len(made))
     if args.json:
-        speed = clock.tokens_per_second
-        print_json({"text": text, "ids": made, "prompt_ids": ids, "tokens_per_second": speed})
+        said = {"text": text, "ids": made, "prompt_ids": ids}
+        said["tokens_per_second"] = clock.tokens_per_second
+        print_json(said | guesser.counts())
     else:
         print()
     return 0
@@ -459,6 +471,7 @@ def bench(args: argparse.Namespace) -> int:
         packing=args.packing,
         head=args.head,
         profile=args.profile,
+        guess=args.guess,
         progress=lambda message: print(message, file=sys.stderr),
     )
     if args.json:

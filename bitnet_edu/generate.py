@@ -5,11 +5,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import numpy as np
 
 from bitnet_edu.errors import (
+    BitNetError,
     ContextLengthError,
     InputError,
     is_whole,
     require_whole,
 )
+from bitnet_edu.guess import Guesser, as_guesser
 from bitnet_edu.layers import Observer
 from bitnet_edu.model import BATCH, BitNet, KVCache, Settings
 from bitnet_edu.sampling import GREEDY, Sampling
@@ -87,6 +89,7 @@ class BitNetLM:
         seed: int | None = None,
         stop: Stop = None,
         progress: Progress | None = None,
+        guess: bool | Guesser = True,
     ) -> list[int]:
         """The new token ids, with the one that ended them. Options as in `Sampling`, `stream`.
 
@@ -94,7 +97,7 @@ class BitNetLM:
         """
         made: list[int] = []
         sampling = Sampling(temperature, top_k, top_p, seed)
-        for _ in self._pieces(ids, max_new_tokens, sampling, stop, made, progress):
+        for _ in self._pieces(ids, max_new_tokens, sampling, stop, made, progress, guess):
             pass
         return made
 
@@ -110,6 +113,7 @@ class BitNetLM:
         stop: Stop = None,
         made: list[int] | None = None,
         progress: Progress | None = None,
+        guess: bool | Guesser = True,
     ) -> Iterator[str]:
         """Pieces of text as they are made; closing the generator stops the work.
 
@@ -117,13 +121,15 @@ class BitNetLM:
         `stop` holds token ids (default: the model's end tokens) and strings, before the first of
         which the text ends. `made`, a list, receives the token ids as they come. `progress` is
         told before each tile of the prompt how many of its tokens are read, of how many; what it
-        raises stops the work. Bad arguments raise here, before any work is done.
+        raises stops the work. `guess`: whether to guess ahead, which changes the speed and nothing
+        else (see guess.py); a `Guesser` of yours counts the steps. Bad arguments raise here,
+        before any work is done.
         """
         tokenizer = self.require_tokenizer()
         if _are_messages(ids_or_messages):
             ids_or_messages = tokenizer.apply_chat_template(ids_or_messages)
         sampling = Sampling(temperature, top_k, top_p, seed)
-        return self._pieces(ids_or_messages, max_new_tokens, sampling, stop, made, progress)
+        return self._pieces(ids_or_messages, max_new_tokens, sampling, stop, made, progress, guess)
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer, or an InputError that says why there is none."""
@@ -142,10 +148,11 @@ class BitNetLM:
         stop: Stop,
         made: list[int] | None,
         progress: Progress | None,
+        guess: bool | Guesser,
     ) -> Iterator[str]:
         ends, strings = split_stop(stop, self.config)
         require_request(count, made, progress)
-        tokens = generate_ids(self, ids, count, sampling, stop=ends, progress=progress)
+        tokens = generate_ids(self, ids, count, sampling, stop=ends, progress=progress, guess=guess)
         tokens = recorded(tokens, made)
         if self.tokenizer is None and not strings:
             return ("" for _ in tokens)
@@ -210,18 +217,21 @@ def generate_ids(
     stop: Collection[int] | None = None,
     cache: KVCache | None = None,
     progress: Progress | None = None,
+    guess: bool | Guesser = True,
 ) -> Iterator[int]:
     """New token ids one by one: read the prompt tile by tile, then decode.
 
     Ends after max_new_tokens, after a token of `stop` (default: the model's end tokens), or when
-    the context is full. `cache` may already hold tokens that come before `ids`. `progress` as in
-    `BitNetLM.stream`. Before any work: InputError for bad arguments, ContextLengthError for a
-    prompt that doesn't fit.
+    the context is full. `cache` may already hold tokens that come before `ids`. `progress` and
+    `guess` as in `BitNetLM.stream`; what the cache holds, tell a `Guesser` beforehand. Whenever a
+    token is handed out, the cache holds all that came before it. Before any work: InputError for
+    bad arguments, ContextLengthError for a prompt that doesn't fit.
     """
     ids = token_ids(ids, model.config.vocab_size)
     require_request(max_new_tokens, progress=progress)
     if not isinstance(sampling, Sampling):
         raise InputError(f"sampling must be made by generate.Sampling, not {sampling!r}")
+    guesser = as_guesser(guess)
     stop, strings = split_stop(stop, model.config)
     if strings:
         raise InputError("only text can end at a string: stop holds token ids here")
@@ -233,7 +243,7 @@ def generate_ids(
             "prompt or start a new conversation"
         )
     cache = cache or model.new_cache(min(longest, len(ids) + int(max_new_tokens)))
-    return _generate(model, ids, max_new_tokens, sampling, stop, cache, progress)
+    return _generate(model, ids, max_new_tokens, sampling, stop, cache, progress, guesser)
 
 
 def _generate(
@@ -244,21 +254,56 @@ def _generate(
     stop: frozenset[int],
     cache: KVCache,
     progress: Progress | None,
+    guesser: Guesser,
 ) -> Iterator[int]:
-    keys = np.random.default_rng(sampling.seed)
+    count = min(max_new_tokens, cache.max_len - cache.length - len(ids) + 1)
+    # one for each token: what is chosen doesn't depend on the steps in which it is
+    keys = np.random.default_rng(sampling.seed).integers(0, 2**64, count, np.uint64)
     for first in range(0, len(ids), BATCH):
         if progress:
             progress(first, len(ids))
         part = ids[first : first + BATCH]
         if first + BATCH < len(ids):
             model.forward(part, cache)
-    for left in range(max_new_tokens - 1, -1, -1):
-        key = keys.integers(0, 2**64, 1, np.uint64)
-        [token] = model.next_tokens(part, cache, sampling, key)
-        yield token
-        if token in stop or not left or cache.length == cache.max_len:
-            return
-        part = [token]
+    guesser.extend(ids.tolist())
+    made, guess = 0, []
+    while made < count:
+        tokens = _step(model, part, guess, cache, sampling, keys[made : made + 1 + len(guess)])
+        guesser.judge(len(guess), len(tokens) - 1)
+        known = cache.length
+        for i, token in enumerate(tokens):
+            cache.length = known + i
+            yield token
+            if token in stop:
+                return
+        made += len(tokens)
+        guesser.extend(tokens)
+        part, guess = tokens[-1:], guesser.guess(count - made - 1)
+
+
+def _step(
+    model: BitNet | BitNetLM,
+    part: Sequence[int],
+    guess: list[int],
+    cache: KVCache,
+    sampling: Sampling,
+    keys: np.ndarray,
+) -> list[int]:
+    """Append `part` to the cache. What follows: the guessed tokens that are right, and one more."""
+    start = cache.length
+    try:
+        chosen = model.next_tokens([*part, *guess] if guess else part, cache, sampling, keys)
+    except BitNetError:
+        if not guess:
+            raise
+        cache.truncate(start)  # perhaps it happens after a wrong guess only
+        return _step(model, part, [], cache, sampling, keys[:1])
+    finally:
+        cache.truncate(min(cache.length, start + len(part)))
+    right = 0
+    while right < len(guess) and chosen[right] == guess[right]:
+        right += 1
+    return chosen[: right + 1]
 
 
 def token_ids(ids: Sequence[int], vocab_size: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 
 from bitnet_edu import benchmark as module
 from bitnet_edu.benchmark import benchmark, busy_warning, read_bandwidth, render
-from bitnet_edu.errors import ContextLengthError, InputError
+from bitnet_edu.errors import BitNetError, ContextLengthError, InputError
 from bitnet_edu.generate import BitNetLM
 from bitnet_edu.kernels.simd import supported_kernels
 from bitnet_edu.weights import BitNetConfig, random_weights
@@ -118,6 +118,33 @@ def test_bandwidth_reads_every_byte_once(monkeypatch):
     assert set(sums) == {np.frombuffer(everything, np.int32).sum(dtype=np.int32)}
 
 
+def test_guessing_is_measured_for_each_kind_of_text(monkeypatch):
+    found = benchmark("tiny", repeats=1, contexts=[4], threads=1, guess=True)["guessing"]
+    assert [entry["kind"] for entry in found] == list(module.KINDS)
+    copying, editing, _, story = found
+    for entry in found:
+        assert entry["speedup"] > 0
+        assert entry["tokens"] == entry["steps"] + entry["accepted_tokens"]
+    assert copying["steps"] < copying["tokens"] / 4
+    assert editing["steps"] < editing["tokens"] / 1.4
+    assert copying["acceptance"] == 1
+    assert story["guessed_tokens"] <= 4 + story["tokens"] / 32
+
+    def wrong(model, ids, cache, sampling, keys):
+        return [token + len(keys) for token in right(model, ids, cache, sampling, keys)]
+
+    right = BitNetLM.next_tokens
+    monkeypatch.setattr(BitNetLM, "next_tokens", wrong)
+    with pytest.raises(BitNetError, match="other tokens"):
+        benchmark("tiny", repeats=1, contexts=[4], threads=1, guess=True)
+
+
+def test_guessing_needs_room_for_a_prompt_and_an_answer(monkeypatch):
+    monkeypatch.setitem(module.SHAPES, "2b4t", SMALL._replace(max_position_embeddings=200))
+    with pytest.raises(ContextLengthError, match="200 tokens is too short"):
+        benchmark(shape="2b4t", repeats=1, contexts=[4], guess=True)
+
+
 def test_warns_when_the_machine_is_busy(monkeypatch):
     result = benchmark(shape="2b4t", repeats=1, contexts=[4])
     assert "using 50% of this machine" in busy_warning(result)
@@ -135,6 +162,10 @@ def test_the_table_shows_every_speed():
         "peak_rss_bytes": 5 * 10**9,
         "load_seconds": 19.0,
     }
+    result["guessing"] = [
+        {"kind": "copying", "speedup": 4.2, "tokens": 90, "steps": 20, "accepted_tokens": 70}
+        | {"guessed_tokens": 75, "acceptance": 70 / 75}
+    ]
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(render(result))
     text = console.export_text()
@@ -148,6 +179,7 @@ def test_the_table_shows_every_speed():
         "int8",
         "at 128 tokens",
         "1 token after 32",
+        "4.20 times as fast, 90 tokens in 20 steps, 70 of 75",
     )
     for words in (*shown, "transformers, decode", "5.00 GB", "GB/s"):
         assert words in text

@@ -169,6 +169,16 @@ def test_generate_as_json(capsys, tiny):
     assert screened["ids"] == found["ids"]
 
 
+def test_generate_counts_its_steps_and_can_do_without_guesses(capsys):
+    options = ["generate", "--prompt", "The fox and the fox and the fox and the fox", "-n", "60"]
+    found, plain = json_of(capsys, *options), json_of(capsys, *options, "--no-guess")
+    assert found["ids"] == plain["ids"]
+    assert found["steps"] + found["accepted_tokens"] == len(found["ids"])
+    assert found["guessed_tokens"] >= found["accepted_tokens"] > 0
+    assert plain["steps"] == len(plain["ids"])
+    assert plain["guessed_tokens"] == plain["accepted_tokens"] == 0
+
+
 def test_generate_stops_before_a_text(capsys):
     found = json_of(capsys, "generate", "--chat", "--prompt", "What is a ternary weight?")
     stop = found["text"][10:14]

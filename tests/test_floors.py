@@ -16,7 +16,7 @@ FLOORS = (
     ("layers", "sampling"),
     ("reference", "model"),
     ("files", "tokenizer", "tokenizer_json", "chat_template"),
-    ("generate", "chat", "load"),
+    ("guess", "generate", "chat", "load"),
     ("proof", "training", "benchmark", "system", "doctor"),
     ("book", "ui"),
     ("info", "terminal", "cli"),
