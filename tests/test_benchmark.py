@@ -131,7 +131,8 @@ def test_guessing_is_measured_for_each_kind_of_text(monkeypatch):
     assert story["guessed_tokens"] <= 4 + story["tokens"] / 32
 
     def wrong(model, ids, cache, sampling, keys):
-        return [token + len(keys) for token in right(model, ids, cache, sampling, keys)]
+        chosen, words = right(model, ids, cache, sampling, keys), model.config.vocab_size
+        return [(token + len(keys)) % words for token in chosen]
 
     right = BitNetLM.next_tokens
     monkeypatch.setattr(BitNetLM, "next_tokens", wrong)
@@ -193,7 +194,7 @@ def test_the_table_shows_every_speed():
         ({"repeats": 0}, InputError, "repeats must be a whole number from 1"),
         ({"repeats": "3"}, InputError, "whole number"),
         ({"contexts": [1.5]}, InputError, "whole number"),
-        ({"head": "half"}, InputError, "exact or screened"),
+        ({"head": "half"}, InputError, "exact, screened or auto"),
         ({"threads": 0}, InputError, "threads must be a whole number from 1"),
         ({"contexts": [0]}, InputError, "context must be a whole number from 1"),
         ({"cache_dtype": "int8"}, InputError, "float32 or float16"),

@@ -31,10 +31,14 @@ def test_the_cache_is_kept_between_turns(model, monkeypatch):
     chat = ChatSession(model)
     list(chat.send("Hello there, what is a ternary weight?", max_new_tokens=5))
     lengths = []
-    original = model.forward
-    monkeypatch.setattr(
-        model, "forward", lambda ids, cache: lengths.append(len(ids)) or original(ids, cache)
-    )
+    for name in ("forward", "next_tokens"):
+        original = getattr(model, name)
+
+        def spy(ids, *args, original=original):
+            lengths.append(len(ids))
+            return original(ids, *args)
+
+        monkeypatch.setattr(model, name, spy)
     prompt = len(model.tokenizer.apply_chat_template([*chat.messages, user("Why?")]))
     list(chat.send("Why?", max_new_tokens=5))
     assert lengths[0] < prompt / 2
@@ -135,7 +139,7 @@ def test_what_stops_the_reading_of_the_prompt_leaves_no_empty_turn(model, monkey
     before = [dict(message) for message in chat.messages]
     with monkeypatch.context() as patch:
         if when == "in the engine":
-            patch.setattr(model, "forward", stop)
+            patch.setattr(model, "next_tokens", stop)
         pieces = chat.send("More", progress=stop if when == "in progress" else None)
         with pytest.raises(error):
             next(pieces)
@@ -147,17 +151,17 @@ def test_what_stops_the_reading_of_the_prompt_leaves_no_empty_turn(model, monkey
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Stopped])
 def test_what_stops_an_answer_after_its_first_piece_leaves_what_came(model, monkeypatch, error):
     chat, calls = ChatSession(model), []
-    original = model.forward
+    original = model.next_tokens
 
-    def forward(ids, cache):
+    def next_tokens(ids, *args):
         calls.append(len(ids))
         if len(calls) == 40:
             raise error
-        return original(ids, cache)
+        return original(ids, *args)
 
     shown = []
     with monkeypatch.context() as patch:
-        patch.setattr(model, "forward", forward)
+        patch.setattr(model, "next_tokens", next_tokens)
         options = {"temperature": 5.0, "seed": 1}
         pieces = chat.send("Hello!", max_new_tokens=50, stop=(), **options)
         with pytest.raises(error):

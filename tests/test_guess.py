@@ -1,6 +1,7 @@
 """Guessing ahead changes the number of steps and nothing else: tokens, cache, ends and errors."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -132,23 +133,16 @@ def test_an_adversary_who_makes_every_guess_wrong_costs_little(small):
 
 def test_a_screened_head_chooses_the_same_several_at_a_time(small, loop):
     model = BitNetLM(small.config, small.weights, small.tokenizer)
-    for best, sampling in ((1, GREEDY), (3, Sampling(9.0, 3, seed=4)), (2, Sampling(7.0, seed=4))):
-        model.screen_head(best)
+    model.settings = replace(model.settings, head="screened")
+    ways = (GREEDY, Sampling(9.0, 3), Sampling(7.0, None, 0.01), Sampling(0.1))
+    for sampling in ways:
+        sampling = replace(sampling, seed=4)
         guesser = Guesser()
         made = list(generate_ids(model, loop, 120, sampling, stop=(), guess=guesser))
         assert made == list(generate_ids(model, loop, 120, sampling, stop=(), guess=False))
+        assert made == list(generate_ids(small, loop, 120, sampling, stop=(), guess=False))
         assert guesser.accepted > 0
-
-
-def test_a_screened_head_scores_the_same_several_at_a_time(small, loop, monkeypatch):
-    model, cache = BitNetLM(small.config, small.weights, small.tokenizer), small.new_cache()
-    model.screen_head(2)
-    model.forward(loop[:12], cache)
-    expected = [model.forward([token], cache) for token in loop[12:20]]
-    rows = []
-    monkeypatch.setattr("bitnet_edu.model.sample", lambda row, *_: rows.append(row.copy()) or 0)
-    model.next_tokens(loop[:20], small.new_cache(), GREEDY, np.zeros(8, np.uint64))
-    np.testing.assert_array_equal(rows, expected)
+    assert model.engine.screened > model.engine.whole_heads
 
 
 # The same ends, the same cache
