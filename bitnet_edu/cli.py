@@ -208,9 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--cache", choices=("float32", "float16"), default="float32", help="what the cache holds"
     )
-    verb.add_argument(
-        "--packing", choices=("auto", "2bit", "base3"), default="auto", help="of ternary weights"
-    )
+    add_packing(verb)
     verb.add_argument("--profile", action="store_true", help="also show where the time goes")
     verb.add_argument(
         "--guess", action="store_true", help="also what guessing ahead brings, for kinds of text"
@@ -269,6 +267,11 @@ def add_sampling(verb: Parser, tokens: int) -> None:
         action="store_true",
         help="one token a step, never several guessed ahead: the same text, often slower",
     )
+
+
+def add_packing(verb: Parser) -> None:
+    packings = ("auto", "2bit", "base3")
+    verb.add_argument("--packing", choices=packings, default="auto", help="of ternary weights")
 
 
 def add_head(verb: Parser) -> None:

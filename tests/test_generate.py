@@ -64,10 +64,11 @@ BAD_OPTIONS = [
 
 
 def refuse_work(model, monkeypatch):
-    def forward(*_):
+    def work(*_):
         raise AssertionError("work was done")
 
-    monkeypatch.setattr(model, "forward", forward)
+    monkeypatch.setattr(model, "forward", work)
+    monkeypatch.setattr(model, "next_tokens", work)
 
 
 @pytest.mark.parametrize("options", BAD_OPTIONS, ids=str)

@@ -63,6 +63,15 @@ def test_every_form_of_checkpoint_equals_transformers(tmp_path, recipe):
     assert_proved(report_on(write(tmp_path, recipe)))
 
 
+@pytest.mark.parametrize("head", ["exact", "screened"])
+@pytest.mark.parametrize("packing", ["2bit", "base3"])
+def test_every_mode_of_the_engine_equals_transformers(tmp_path, packing, head):
+    folder = write(tmp_path, Recipe())
+    model = load(str(folder))
+    model.settings = replace(model.settings, packing=packing, head=head)
+    assert_proved(compare(model, transformers.load_transformers(folder), TOKENS))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_deeper_models_and_other_tokens(tmp_path, seed):
     folder = write(tmp_path, Recipe(layers=6, head_dim=20, ffn=204), seed)

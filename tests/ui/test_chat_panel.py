@@ -168,13 +168,13 @@ def test_whatever_ends_the_worker_the_panel_is_not_busy_for_ever(panel, monkeypa
 
 
 def test_stop_ends_the_answer_midway(panel, monkeypatch):
-    forward, started = panel.session.model.forward, threading.Event()
+    next_tokens, started = panel.session.model.next_tokens, threading.Event()
 
-    def slow_forward(ids, cache):
+    def slow(*arguments):
         time.sleep(0.05)
-        return forward(ids, cache)
+        return next_tokens(*arguments)
 
-    monkeypatch.setattr(panel.session.model, "forward", slow_forward)
+    monkeypatch.setattr(panel.session.model, "next_tokens", slow)
     panel.observe(lambda change: started.set() if change.new else None, "partial")
     panel.receive({"do": "send", "value": "Tell me a story about a fox."})
     assert started.wait(PATIENCE)
@@ -386,7 +386,7 @@ def test_an_unexpected_error_in_the_worker_is_shown(panel, monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("disk on fire")
 
-    monkeypatch.setattr(panel.session.model, "forward", broken)
+    monkeypatch.setattr(panel.session.model, "next_tokens", broken)
     say(panel, "send", "Hello!")
     assert panel.notice == "RuntimeError: disk on fire"
     assert not panel.busy
