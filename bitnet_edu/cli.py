@@ -145,6 +145,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokens", type=int, default=200, metavar="N", help="to generate (default 200)"
     )
     verb.add_argument("--layers", action="store_true", help="also compare layer by layer")
+    add_packing(verb)
+    add_head(verb)
     add_json(verb)
 
     verb = add_verb(verbs, info, "bitnet-edu info", "bitnet-edu info model.gguf --json")
@@ -378,7 +380,8 @@ def verify(args: argparse.Namespace) -> int:
     from bitnet_edu.proof.report import render
     from bitnet_edu.proof.report import verify as compare
 
-    report = compare(args.model, args.tokens, ternarize=args.ternarize)
+    mode = {"packing": args.packing, "head": args.head}
+    report = compare(args.model, args.tokens, ternarize=args.ternarize, **mode)
     if args.json:
         print_json(report.as_json())
     else:

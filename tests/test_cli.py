@@ -395,11 +395,11 @@ needs_pty = pytest.mark.skipif(
 SLOW = """
 import sys, time
 from bitnet_edu import cli, model
-forward = model.BitNet.forward
+next_tokens = model.BitNet.next_tokens
 def slow(self, *arguments):
     time.sleep(0.05)
-    return forward(self, *arguments)
-model.BitNet.forward = slow
+    return next_tokens(self, *arguments)
+model.BitNet.next_tokens = slow
 sys.exit(cli.main(["chat", "--temperature", "0"]))
 """
 

@@ -107,13 +107,22 @@ class Report:
         }
 
 
-def verify(source: str = "tiny", tokens: int = 200, *, ternarize: bool = False) -> Report:
+def verify(
+    source: str = "tiny",
+    tokens: int = 200,
+    *,
+    ternarize: bool = False,
+    packing: str = "auto",
+    head: str = "auto",
+) -> Report:
     """Compare all three programs in a conversation with `tokens` greedily generated tokens.
 
-    Raises CheckpointError, DownloadError or InputError where there is nothing to compare.
+    packing, head: how the engine works, as in `model.Settings`. Raises CheckpointError,
+    DownloadError or InputError where there is nothing to compare.
     """
     path = model_folder(source)
     model = load(str(path), ternarize=ternarize)
+    model.settings = replace(model.settings, packing=packing, head=head)
     conversation, made = converse(model, prompts_of(model), tokens)
     return compare(model, load_transformers(path, ternarize=ternarize), conversation, made)
 

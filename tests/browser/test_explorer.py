@@ -69,8 +69,8 @@ from bitnet_edu.ui.chat import ChatPanel
 
 panel = ChatPanel("tiny")
 panel.wait()
-model, forward = panel.session.model, panel.session.model.forward
-model.forward = lambda ids, cache: time.sleep(0.05) or forward(ids, cache)
+model, next_tokens = panel.session.model, panel.session.model.next_tokens
+model.next_tokens = lambda *arguments: time.sleep(0.05) or next_tokens(*arguments)
 panel
 """
 

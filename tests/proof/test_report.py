@@ -3,6 +3,7 @@ and where they don't, `verify` says so."""
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
