@@ -17,7 +17,7 @@ from bitnet_edu.kernels.bits import (
 )
 from bitnet_edu.kernels.simd import INT8, INT16, INT32, INT64, STEP, prefetch_line, sum_lanes
 
-TOKENS = 4  # that share the loads of a row
+TOKENS = 2  # that share the loads of a row: with more, their x would leave the first-level cache
 
 
 @jit

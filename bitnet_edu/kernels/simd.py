@@ -39,7 +39,7 @@ MAX_COLUMNS = 2**17 - 1
 BLOCK_BYTES = (
     49152  # of weights that stay in the caches while a few tokens are multiplied with them
 )
-MANY = 48  # tokens for which it pays to unpack the codes
+MANY = 96  # tokens for which it pays to unpack the codes
 AHEAD = 8192  # bytes that memory may be asked for ahead of their use: tuning.py tries it
 STEP = 64  # columns per turn of the loop, and what a row of activations is best padded to
 INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
