@@ -25,7 +25,7 @@ from bitnet_edu.guess import Guesser
 from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit, pointer
 from bitnet_edu.kernels.border import address
 from bitnet_edu.kernels.peak import operands, products_of_a_chunk, spin
-from bitnet_edu.kernels.simd import kernel_index
+from bitnet_edu.kernels.simd import kernel_type
 from bitnet_edu.kernels.threads import checked_threads, finish, run, take, wait_for
 from bitnet_edu.model import BitNet, KVCache, Settings
 from bitnet_edu.proof.transformers import serve_timings
@@ -304,7 +304,7 @@ def int8_peak(engine: BitNet) -> float:
     rates = []
     for _ in range(3):
         start = time.perf_counter()
-        run(spin, (kernel_index(engine.kernel), codes, x, sums, chunks), engine.threads)
+        run(spin, (kernel_type(engine.kernel), codes, x, sums, chunks), engine.threads)
         rates.append(chunks * products_of_a_chunk(engine.kernel) / (time.perf_counter() - start))
     return float(max(rates))
 

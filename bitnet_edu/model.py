@@ -26,8 +26,8 @@ from bitnet_edu.kernels.simd import (
     MAX_COLUMNS,
     NO_KERNEL,
     PACKINGS,
-    kernel_index,
     kernel_name,
+    kernel_type,
     scratch_size,
 )
 from bitnet_edu.kernels.step import (
@@ -87,7 +87,7 @@ class Settings:
 
     def __post_init__(self):
         checked_threads(self.threads)
-        kernel_index(self.kernel)
+        kernel_type(self.kernel)
         if self.packing not in ("auto", *PACKINGS):
             raise InputError(f"packing must be auto, 2bit or base3, not {self.packing!r}")
         _checked_cache_dtype(self.cache_dtype)
@@ -395,7 +395,7 @@ class BitNet:
         work.fault[0] = 0
         timed = work._replace(ticks=ticks)
         args = self._shape, table, cache._arrays, timed, scores, start, tokens
-        kernel = kernel_index(settings.kernel)
+        kernel = kernel_type(settings.kernel)
         size = tokens * self._bytes
         threads = min(settings.threads, 1 + size // WORTH_A_THREAD)
         work_off = run_long if size > LONG else run
@@ -448,7 +448,7 @@ class BitNet:
             self._require_room(cache, 0)
             threads, work = self._settings.threads, self._work_for(self._settings.threads)
             scores = np.empty((1, self.config.vocab_size), np.float32)
-            kernel = kernel_index(self._settings.kernel) if products else NO_KERNEL
+            kernel = kernel_type(self._settings.kernel) if products else NO_KERNEL
             stages = STAGES * self._shape.layers + 1 + head
             table = self._table_for(self._settings)
             if self._screen:
@@ -516,7 +516,7 @@ class BitNet:
         with self._lock:
             table = self._table_for(self._settings)
             return {
-                "packing": list(PACKINGS)[table.packing],
+                "packing": self._packing(self._settings),
                 "head": "screened" if self._screen else "exact",
                 "ahead": table.ahead,
                 "head_ahead": tuning.head_ahead,
@@ -569,7 +569,7 @@ class BitNet:
         arrays = self._arrays(packing)
         places = [address(array, np.uint8, array.shape, "packed weights") for array in arrays]
         return Table(
-            list(PACKINGS).index(packing),
+            PACKINGS[packing],
             np.array(places, np.int64).reshape(-1, 7),
             np.array([[matrix.scale for matrix in layer[:7]] for layer in layers], np.float32),
             np.array([len(array) for array in arrays[:7]]),

@@ -8,11 +8,10 @@ from bitnet_edu.errors import InputError, require_whole
 from bitnet_edu.kernels.bits import cached_jit, jit, pointer
 from bitnet_edu.kernels.border import address, aligned_zeros, checked
 from bitnet_edu.kernels.simd import (
-    BASE3,
-    BITS2,
     MAX_COLUMNS,
-    kernel_index,
+    PACKINGS,
     kernel_name,
+    kernel_type,
     scratch_size,
     ternary_rows,
 )
@@ -63,14 +62,14 @@ def ternary_matmul(
     checked(sums, np.int32, (len(q), outputs), "sums", writable=True)
     if any(np.may_share_memory(sums, array) for array in (packed, q)):
         raise InputError("sums must not lie in the memory of the weights or activations")
-    index = kernel_index(kernel or kernel_name())
+    chosen = kernel_type(kernel or kernel_name())
     threads = default_threads() if threads is None else checked_threads(threads)
     ahead = require_whole(ahead, 0, 2**20, "ahead")
     q_sums = q.sum(axis=1, dtype=np.int32)
-    packing = BITS2 if base3_rows is None else BASE3
+    packing = PACKINGS["2bit" if base3_rows is None else "base3"]
     matrix = packing, weights, rows, columns, outputs
     scratch = aligned_zeros((threads, scratch_size(columns, len(q))), np.uint8)
-    run(_matmul, (index, *matrix, q, q_sums, sums, ahead, scratch, threads), threads)
+    run(_matmul, (chosen, *matrix, q, q_sums, sums, ahead, scratch, threads), threads)
     return sums
 
 

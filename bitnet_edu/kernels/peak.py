@@ -17,11 +17,11 @@ from bitnet_edu.kernels.simd import (
     INT32,
     INT64,
     KERNELS,
+    kernel_of,
     load_any,
     multiply_pairs,
     pairs,
     singles,
-    supported_kernels,
 )
 from bitnet_edu.kernels.threads import finish, take, wait_for
 
@@ -51,21 +51,14 @@ def operands(name: str, threads: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def _spin(typingctx, kernel, codes, x, sums):
     """sums[t, k] += codes[k] . x[t, step % COLUMNS], STEPS times: addresses of `operands`."""
 
+    chosen = kernel_of(kernel)
+
     def codegen(context, builder, signature, args):
-        chosen, *args = args
-        done = builder.append_basic_block("done")
-        switch = builder.switch(chosen, done)
-        for case, (name, kernel) in enumerate(KERNELS.items()):
-            if name in supported_kernels():
-                block = builder.append_basic_block(name)
-                switch.add_case(INT64(case), block)
-                builder.position_at_end(block)
-                _spin_with(builder, kernel, *args)
-                builder.branch(done)
-        builder.position_at_end(done)
+        if chosen:
+            _spin_with(builder, chosen, *args[1:])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4), codegen
+    return types.void(kernel, *[types.int64] * 3), codegen
 
 
 def _spin_with(builder, kernel, codes, x, sums):
@@ -101,7 +94,7 @@ def _spin_with(builder, kernel, codes, x, sums):
 
 @cached_jit
 def spin(kernel, codes, x, sums, chunks, thread, counters):
-    """Let all threads multiply, `chunks` times. kernel: an index into `KERNELS`."""
+    """Let all threads multiply, `chunks` times. kernel: as `kernel_type` makes it."""
     while take(counters) < chunks:
         _spin(kernel, at(codes), at(x), at(sums[thread]))
         finish(counters)

@@ -21,7 +21,6 @@ compiles to whatever vectors the machine has.
 """
 
 import contextlib
-import itertools
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -125,18 +124,28 @@ def supported_kernels() -> tuple[str, ...]:
 def kernel_name() -> str:
     """The fastest kernel that this CPU runs, or what BITNET_EDU_KERNEL names (InputError)."""
     name = os.environ.get("BITNET_EDU_KERNEL") or supported_kernels()[0]
-    kernel_index(name)
+    kernel_type(name)
     return name
 
 
-def kernel_index(name: str) -> int:
-    """The number by which compiled code knows a kernel. InputError if this CPU cannot run it."""
+def kernel_type(name: str) -> tuple[int, ...]:
+    """By what compiled code knows a kernel. InputError if this CPU cannot run it.
+
+    A tuple, of which only the length matters: that belongs to its type, and so each kernel gets
+    machine code of its own, compiled when it is used first.
+    """
     if name not in supported_kernels():
         raise InputError(
             f"kernel {name!r} (see BITNET_EDU_KERNEL) cannot run here: this CPU has "
             f"{', '.join(supported_kernels())}"
         )
-    return list(KERNELS).index(name)
+    return (0,) * (1 + list(KERNELS).index(name))
+
+
+def kernel_of(type_: types.BaseTuple) -> Kernel | None:
+    """The kernel that such a tuple stands for; None if it is empty, or cannot run here."""
+    named = dict(enumerate(KERNELS, 1)).get(len(type_))
+    return KERNELS[named] if named in supported_kernels() else None
 
 
 # --- From a vector of packed bytes to vectors of codes ----------------------------------------
@@ -177,8 +186,9 @@ def _take_digit(builder: ir.IRBuilder, value: ir.Value, power: int) -> tuple[ir.
 
 # entry r < 81: the four low base-3 digits of r, as the two bits of a 2-bit byte
 TWO_BITS = [sum(r // 3**k % 3 << 2 * k for k in range(4)) for r in range(81)] + [0] * 47
-PACKINGS = {"2bit": _two_bits, "base3": _base3}
-BITS2, BASE3 = range(len(PACKINGS))
+# packings by name, for compiled code again tuples: as long as a byte has digits
+PACKINGS = {"2bit": (0,) * 4, "base3": (0,) * 5}
+DECODE = {4: _two_bits, 5: _base3}
 
 
 # --- The unrolled loop -------------------------------------------------------------------------
@@ -197,28 +207,19 @@ def _multiply_row(
     memory is asked for ahead of their use, or 0.
     """
 
+    chosen, decode = kernel_of(kernel), DECODE[len(packing)]
+
     def codegen(context, builder, signature, args):
-        chosen, packing, tile, *args = args
-        number = builder.add(builder.mul(chosen, INT64(len(PACKINGS))), packing)
-        many = builder.zext(builder.icmp_signed(">", tile, INT64(1)), INT64)
-        number = builder.add(builder.mul(number, INT64(2)), many)
-        done = builder.append_basic_block("done")
-        switch = builder.switch(number, done)
-        case = 0
-        for name, kernel in KERNELS.items():
-            for decode in PACKINGS.values():
-                for tokens in (1, kernel.tokens):
-                    if name in supported_kernels():
-                        block = builder.append_basic_block(name)
-                        switch.add_case(INT64(case), block)
-                        builder.position_at_end(block)
-                        _row(builder, kernel, decode, tokens, *args)
-                        builder.branch(done)
-                    case += 1
-        builder.position_at_end(done)
+        _, _, tile, *args = args
+        if chosen:
+            many = builder.icmp_signed(">", tile, INT64(1))
+            with builder.if_else(many) as branches:
+                for branch, tokens in zip(branches, (chosen.tokens, 1), strict=True):
+                    with branch:
+                        _row(builder, chosen, decode, tokens, *args)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 13), codegen
+    return types.void(kernel, packing, *[types.int64] * 11), codegen
 
 
 def _row(
@@ -316,22 +317,14 @@ def _unpack(typingctx, kernel, packing, weights, columns, steps, codes, size):
     fills one of the two in the third place: neighbours are `group` columns, then the rows.
     """
 
+    chosen, decode = kernel_of(kernel), DECODE[len(packing)]
+
     def codegen(context, builder, signature, args):
-        chosen, packing, *args = args
-        done = builder.append_basic_block("done")
-        number = builder.add(builder.mul(chosen, INT64(len(PACKINGS))), packing)
-        switch = builder.switch(number, done)
-        for case, (name, decode) in enumerate(itertools.product(KERNELS, PACKINGS.values())):
-            if name in supported_kernels() and KERNELS[name].wide:
-                block = builder.append_basic_block(name)
-                switch.add_case(INT64(case), block)
-                builder.position_at_end(block)
-                _unpack_side_by_side(builder, KERNELS[name], decode, *args)
-                builder.branch(done)
-        builder.position_at_end(done)
+        if chosen and chosen.wide:
+            _unpack_side_by_side(builder, chosen, decode, *args[2:])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 7), codegen
+    return types.void(kernel, packing, *[types.int64] * 5), codegen
 
 
 def _unpack_side_by_side(builder, kernel, decode, weights, columns, steps, codes, size):
@@ -385,21 +378,14 @@ def _multiply_codes(typingctx, kernel, codes, x, x_stride, steps, x_sums, out, o
     out + 4 * (token * out_token + row).
     """
 
+    chosen = kernel_of(kernel)
+
     def codegen(context, builder, signature, args):
-        chosen, *args = args
-        done = builder.append_basic_block("done")
-        switch = builder.switch(chosen, done)
-        for case, (name, kernel) in enumerate(KERNELS.items()):
-            if name in supported_kernels() and kernel.wide:
-                block = builder.append_basic_block(name)
-                switch.add_case(INT64(case), block)
-                builder.position_at_end(block)
-                _tile(builder, kernel, *args)
-                builder.branch(done)
-        builder.position_at_end(done)
+        if chosen and chosen.wide:
+            _tile(builder, chosen, *args[1:])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 8), codegen
+    return types.void(kernel, *[types.int64] * 7), codegen
 
 
 def _tile(builder, kernel, codes, x, x_stride, steps, x_sums, out, out_token):
@@ -481,7 +467,7 @@ def sum_lanes(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
     return vectors[0]
 
 
-NO_KERNEL = -1  # multiplies nothing: benchmark.py measures what is left
+NO_KERNEL = ()  # multiplies nothing: benchmark.py measures what is left
 _TOKENS = tuple(kernel.tokens for kernel in KERNELS.values())
 _WIDE = tuple(kernel.wide for kernel in KERNELS.values())
 _LANES = tuple(kernel.sums for kernel in KERNELS.values())
@@ -496,19 +482,19 @@ def ternary_rows(
     """out[t, r + k * rows] = sum over c of w[r + k * rows, c] * x[t, c], exactly.
 
     For the byte rows first <= r < last, t < tokens and all k with r + k * rows < outputs. weights:
-    the address of uint8[rows, columns], packed as `packing`, an index into `PACKINGS`, says; x:
+    the address of uint8[rows, columns], packed as `packing`, one of `PACKINGS`, says; x:
     int8[>= tokens, >= columns], x_sums: int32[>= tokens], the sum of each row of x, out:
-    int32[>= tokens, >= outputs], kernel: an index into `KERNELS`, ahead: as in `_multiply_row`,
+    int32[>= tokens, >= outputs], kernel: as `kernel_type` makes it, ahead: as in `_multiply_row`,
     scratch: uint8[>= scratch_size(columns, tokens)].
     """
-    if kernel == NO_KERNEL:
+    if len(kernel) == 0:
         return
     whole, begin = first, 0
-    if tokens >= MANY and _WIDE[kernel] > 0:
-        digits, block = 4 if packing == BITS2 else 5, 2 * _LANES[kernel]
+    if tokens >= MANY and _WIDE[len(kernel) - 1] > 0:
+        digits, block = len(packing), 2 * _LANES[len(kernel) - 1]
         # only rows all of whose digits exist
         whole += max(0, min(last, outputs - (digits - 1) * rows) - first) // block * block
-        begin = tokens // _WIDE[kernel] * _WIDE[kernel]
+        begin = tokens // _WIDE[len(kernel) - 1] * _WIDE[len(kernel) - 1]
         for r in range(first, whole, block):
             many_tokens(
                 kernel, packing, weights, rows, columns, r, x, x_sums, begin, out, scratch, outputs
@@ -528,14 +514,14 @@ def many_tokens(
     kernel, packing, weights, rows, columns, first, x, x_sums, tokens, out, scratch, outputs
 ):
     """`ternary_rows` for two times `lanes` byte rows and a multiple of the kernel's `wide`."""
-    lanes, steps, place = _LANES[kernel], columns // STEP, at(scratch)
+    lanes, steps, place = _LANES[len(kernel) - 1], columns // STEP, at(scratch)
     size = 2 * lanes * STEP * steps
     for half in range(2):
         row = weights + (first + half * lanes) * columns
-        _unpack(kernel, packing, row, columns, steps, place + half * _WIDTH[kernel], size)
-    for token in range(0, tokens, _WIDE[kernel]):
+        _unpack(kernel, packing, row, columns, steps, place + half * _WIDTH[len(kernel) - 1], size)
+    for token in range(0, tokens, _WIDE[len(kernel) - 1]):
         x_at, sums_at = at(x[token:]), at(x_sums[token:])
-        for k in range(4 if packing == BITS2 else 5):
+        for k in range(len(packing)):
             out_at = at(out[token, first + k * rows :])
             _multiply_codes(
                 kernel, place + k * size, x_at, x.strides[0], steps, sums_at, out_at,
@@ -563,7 +549,7 @@ def few_tokens(
     for top in range(first, last, block):
         token = begin
         while token < end:
-            tile = _TOKENS[kernel] if end - token >= _TOKENS[kernel] else 1
+            tile = _TOKENS[len(kernel) - 1] if end - token >= _TOKENS[len(kernel) - 1] else 1
             x_at, sums_at, out_at = at(x[token:]), at(x_sums[token:]), at(out[token])
             for r in range(top, min(top + block, last)):
                 row, place = weights + r * columns, out_at + 4 * r
@@ -582,9 +568,9 @@ def _rest_of_row(packing, row, rows, columns, outputs, r, x, token, tile, out):
     packed = carray(pointer(row, np.uint8), columns)
     for c in range(columns // STEP * STEP, columns):
         byte = np.int32(packed[c])
-        for k in range(4 if packing == BITS2 else 5):
-            code = byte & 3 if packing == BITS2 else byte % 3
-            byte = byte >> 2 if packing == BITS2 else byte // 3
+        for k in range(len(packing)):
+            code = byte & 3 if len(packing) == 4 else byte % 3
+            byte = byte >> 2 if len(packing) == 4 else byte // 3
             if r + k * rows < outputs:
                 for t in range(token, token + tile):
                     out[t, r + k * rows] += code * x[t, c]

@@ -58,7 +58,7 @@ class Shape(NamedTuple):
 class Table(NamedTuple):
     """The weights: matrices as addresses, for they may be memory-mapped; the rest as arrays."""
 
-    packing: int  # an index into simd.PACKINGS
+    packing: tuple  # one of simd.PACKINGS
     matrices: np.ndarray  # int64[layers, 7] addresses of packed bytes
     scales: np.ndarray  # float32[layers, 7]
     rows: np.ndarray  # int64[7] byte rows

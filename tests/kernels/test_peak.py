@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bitnet_edu.kernels.peak import COLUMNS, STEPS, operands, products_of_a_chunk, spin
-from bitnet_edu.kernels.simd import KERNELS, kernel_index, supported_kernels
+from bitnet_edu.kernels.simd import KERNELS, kernel_type, supported_kernels
 from bitnet_edu.kernels.threads import run
 
 
@@ -13,7 +13,7 @@ from bitnet_edu.kernels.threads import run
 def test_no_product_is_left_out(name, threads):
     kernel, chunks = KERNELS[name], 5
     codes, x, sums = operands(name, threads)
-    run(spin, (kernel_index(name), codes, x, sums, chunks), threads)
+    run(spin, (kernel_type(name), codes, x, sums, chunks), threads)
     codes, x = codes[:, : kernel.width].astype(np.int64), x[..., : kernel.width].astype(np.int64)
     rounds = chunks * STEPS // COLUMNS
     expected = rounds * np.einsum("kb, tcb -> tk", codes, x)
