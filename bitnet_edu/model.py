@@ -21,7 +21,7 @@ from bitnet_edu.kernels.attention import PAD, SPAN, STRETCH, TILE, TOKENS
 from bitnet_edu.kernels.bits import has_float16
 from bitnet_edu.kernels.border import address, aligned_zeros, checked, release
 from bitnet_edu.kernels.matmul import base3_of
-from bitnet_edu.kernels.screen import Screen
+from bitnet_edu.kernels.screen import MOST_HIDDEN, Screen
 from bitnet_edu.kernels.simd import (
     MAX_COLUMNS,
     NO_KERNEL,
@@ -286,7 +286,8 @@ class BitNet:
         with self._lock:
             if self._settings.head != "auto":
                 return self._screen
-            if self._head.nbytes < ENOUGH or self._pause > 0:
+            small = self._head.nbytes < ENOUGH or self.config.hidden_size > MOST_HIDDEN
+            if small or self._pause > 0:
                 self._pause -= 1
                 return None
             self._screen = self._screen or self._make_screen(self._settings.threads)

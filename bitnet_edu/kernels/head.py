@@ -15,17 +15,17 @@ from bitnet_edu.kernels.bits import (
     multiply_add,
     pointer,
 )
-from bitnet_edu.kernels.simd import INT8, INT16, INT32, INT64, STEP, prefetch_line, sum_lanes
+from bitnet_edu.kernels.simd import INT16, INT32, INT64, STEP, prefetch_line, sum_lanes
 
 TOKENS = 2  # that share the loads of a row: with more, their x would leave the first-level cache
 
 
 @jit
-def head_rows(head, number_bytes, scales, x, first, last, logits, ahead):
+def head_rows(head, number_bytes, x, first, last, logits, ahead):
     """logits[t, r] = row r of the head . x[t] for first <= r < last and all tokens t.
 
-    head: the address of [vocab, hidden] float32 (number_bytes 4), bfloat16 (2) or int8 (1), whose
-    rows are multiplied with float32 `scales`; x: float32[T, hidden], logits: float32[T, vocab].
+    head: the address of [vocab, hidden] float32 (number_bytes 4) or bfloat16 (2); x: float32[T,
+    hidden], logits: float32[T, vocab].
     ahead: bytes that memory is asked for ahead of their use, or 0. A logit's sum is added up in one
     order, however many tokens there are.
     """
@@ -37,12 +37,7 @@ def head_rows(head, number_bytes, scales, x, first, last, logits, ahead):
             tile = TOKENS if tokens - token >= TOKENS else 1
             whole, place = hidden // STEP * STEP, at(logits[token, r:])
             args = at(x[token:]), x_row, row, whole, place, out_row, ahead
-            if number_bytes == 1:
-                if tile > 1:
-                    _int8_tile(*args)
-                else:
-                    _int8_one(*args)
-            elif number_bytes == 2:
+            if number_bytes == 2:
                 if tile > 1:
                     _bfloat16_tile(*args)
                 else:
@@ -53,8 +48,6 @@ def head_rows(head, number_bytes, scales, x, first, last, logits, ahead):
                 _float32_one(*args)
             for t in range(token, token + tile):
                 logits[t, r] += rest_of_row(row, number_bytes, x[t])
-                if number_bytes == 1:
-                    logits[t, r] *= scales[r]
             token += tile
 
 
@@ -67,10 +60,6 @@ def rest_of_row(row, number_bytes, x):
         bits = carray(pointer(row, np.uint16), hidden)
         for i in range(whole, hidden):
             total += x[i] * as_float(np.int64(bits[i]) << 16)
-    elif number_bytes == 1:
-        codes = carray(pointer(row, np.int8), hidden)
-        for i in range(whole, hidden):
-            total += x[i] * np.float32(codes[i])
     else:
         numbers = carray(pointer(row, np.float32), hidden)
         for i in range(whole, hidden):
@@ -89,11 +78,9 @@ def _dot(number_bytes: int, tokens: int):
         """16 numbers of the row as float32."""
         if number_bytes == 4:
             return load_floats(builder, address)
-        vector = ir.VectorType(INT8 if number_bytes == 1 else INT16, 16)
+        vector = ir.VectorType(INT16, 16)
         numbers = builder.load(builder.inttoptr(address, vector.as_pointer()), align=1)
         wide = ir.VectorType(INT32, 16)
-        if number_bytes == 1:
-            return builder.sitofp(builder.sext(numbers, wide), FLOATS)
         # bfloat16 is the upper half of a float32
         shifted = builder.shl(builder.zext(numbers, wide), ir.Constant(wide, [16] * 16))
         return builder.bitcast(shifted, FLOATS)
@@ -137,6 +124,5 @@ def _dot(number_bytes: int, tokens: int):
     return intrinsic(typer)
 
 
-_int8_one, _int8_tile = _dot(1, 1), _dot(1, TOKENS)
 _bfloat16_one, _bfloat16_tile = _dot(2, 1), _dot(2, TOKENS)
 _float32_one, _float32_tile = _dot(4, 1), _dot(4, TOKENS)

@@ -6,8 +6,11 @@ of a row's error is known beforehand:
 
     s c . x - |e| |x|  <=  w . x  <=  s c . x + |e| |x|.
 
-These bounds tell which words can matter; of them alone the rows are read and multiplied exactly,
-and `kernels.sampling` does with their exact scores what it would do with those of all words.
+x is split in two int8 parts, x = a (q + p / 254) up to a / 508 in each place, so that c . x is two
+sums of integers, as fast as memory delivers c; that error, at most sqrt(n) / 60,000 of |x|, times
+the length of the row, widens the bounds a little. They tell which words can matter; of them alone
+the rows are read and multiplied exactly, and `kernels.sampling` does with their exact scores what
+it would do with those of all words.
 
 - The best word: whose upper bound reaches the largest lower bound. The k best likewise, with the
   k-th largest lower bound.
@@ -31,10 +34,13 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-from numba import carray
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from bitnet_edu.errors import InputError
-from bitnet_edu.kernels.bits import as_float, cached_jit, jit, pointer, sum_jit
+from bitnet_edu.kernels.bits import as_float, at, cached_jit, jit, pointer, sum_jit
 from bitnet_edu.kernels.border import address, checked
 from bitnet_edu.kernels.head import head_rows
 from bitnet_edu.kernels.matmul import count_nonfinite
@@ -53,6 +59,17 @@ from bitnet_edu.kernels.sampling import (
     race,
     room_for,
 )
+from bitnet_edu.kernels.simd import (
+    INT8,
+    INT32,
+    INT64,
+    KERNELS,
+    STEP,
+    kernel_of,
+    load_any,
+    prefetch_line,
+    sum_lanes,
+)
 from bitnet_edu.kernels.threads import chunk_count, finish, run, take, wait_for
 
 MOST_ROWS = 4096  # that are read exactly; for more, the whole head is the shorter way
@@ -61,6 +78,8 @@ MARGIN = 1e-3  # of weights: two float32 exponentials and their arguments are of
 SURE = 1e-9  # of masses: float64 sums in another order are off by 1e-11 at most
 LEAST = 1e-37  # in a bound: what underflow may do
 LARGE = 1e30  # bounds from here on may hide a sum that overflows
+SPLIT = 60_000  # 127 * 508 and a little less, for what float64 rounds
+MOST_HIDDEN = 2**16  # 255 * 127 times so many are less than 2**31
 WORTH_A_THREAD = 2**21  # bytes of rows: for less, waking another is not worth it
 UNDECIDED = -1
 
@@ -86,6 +105,8 @@ class Screen:
     def __init__(self, head: np.ndarray, threads: int = 1):
         checked(head, (np.float32, ml_dtypes.bfloat16), (None, None), "a head")
         vocab, hidden = head.shape
+        if hidden > MOST_HIDDEN:
+            raise InputError(f"a head with rows of {hidden} numbers can't be screened: too long")
         self.head = head
         self.copy = Copy(
             np.empty((vocab, hidden), np.int8),
@@ -131,7 +152,7 @@ class Screen:
         """
         size = len(rows) * self.head[0].nbytes
         threads = min(threads, 1 + size // WORTH_A_THREAD)
-        args = self._place(), self.head.itemsize, self.copy.scales, rows, x, scores
+        args = self._place(), self.head.itemsize, rows, x, scores
         run(exact_rows, (*args, chunk_count(size, threads)), threads)
 
     def _place(self) -> int:
@@ -181,7 +202,8 @@ def copy_row(row, codes):
     round_to_int8(row, inverse, codes)
     error, kept, whole = squares(row, scale, codes)
     u = (hidden + 8) * 2.0**-24
-    slack = math.sqrt(error) + u / (1 - u) * (math.sqrt(whole) + math.sqrt(kept))
+    slack = math.sqrt(error) + math.sqrt(hidden * kept) / SPLIT
+    slack += u / (1 - u) * (math.sqrt(whole) + math.sqrt(kept))
     return scale, np.float32(slack * (1 + 1e-6) + LEAST)  # more than float64 sums can be off
 
 
@@ -197,16 +219,120 @@ def squares(row, scale, codes):
     return error, kept, whole
 
 
+# --- The screened scores -------------------------------------------------------------------------
+
+
+@intrinsic
+def _two_dots(typingctx, kernel, codes, q, hidden, steps, sums, ahead):
+    """sums[k] = codes . q[k], in the kernel's own way: see `OFFSETS`.
+
+    codes, q, sums: addresses of int8[64 * steps], of int8[2, hidden], of int32[2]. ahead: as in
+    simd.py.
+    """
+    chosen = kernel_of(kernel)
+
+    def codegen(context, builder, signature, args):
+        if chosen:
+            _two_dots_with(builder, chosen, *args[1:])
+        return context.get_dummy_value()
+
+    return types.void(kernel, *[types.int64] * 6), codegen
+
+
+def _two_dots_with(builder, kernel, codes, q, hidden, steps, sums, ahead):
+    bytes_, zero = ir.VectorType(INT8, kernel.width), ir.VectorType(INT32, kernel.sums)
+    zero = ir.Constant(zero, [0] * kernel.sums)
+    totals = [cgutils.alloca_once_value(builder, zero) for _ in range(2)]
+    with cgutils.for_range(builder, steps, intp=INT64) as loop:
+        first = builder.mul(loop.index, INT64(STEP))
+        with builder.if_then(builder.icmp_signed("!=", ahead, INT64(0))):
+            prefetch_line(builder, builder.add(codes, builder.add(first, ahead)))
+        for part in range(0, STEP, kernel.width):
+            column = builder.add(first, INT64(part))
+            code = load_any(builder, builder.add(codes, column), bytes_)
+            for k, total in enumerate(totals):
+                place = builder.add(builder.add(q, column), builder.mul(hidden, INT64(k)))
+                x = load_any(builder, place, bytes_)
+                builder.store(_signed_dot(builder, kernel, builder.load(total), code, x), total)
+    total = sum_lanes(builder, [builder.load(total) for total in totals])
+    builder.store(total, builder.inttoptr(sums, total.type.as_pointer()), align=4)
+
+
+def _signed_dot(builder, kernel, sums, codes, x):
+    """Codes -127..127, where the kernel takes the first factor unsigned."""
+    if kernel.signed:
+        return kernel.dot(builder, sums, codes, x)
+    if kernel.adds_in_int16:  # 2 * 127 * 127 fits, twice 255 * 127 does not: the sign goes to x
+        zero = ir.Constant(codes.type, [0] * kernel.width)
+        negative = builder.icmp_signed("<", codes, zero)
+        x = builder.select(negative, builder.sub(zero, x), x)
+        codes = builder.select(negative, builder.sub(zero, codes), codes)
+        return kernel.dot(builder, sums, codes, x)
+    flip = ir.Constant(codes.type, [128] * kernel.width)
+    return kernel.dot(builder, sums, builder.xor(codes, flip), x)  # code + 128
+
+
+# what is added to each code before it is multiplied
+OFFSETS = tuple(0 if k.signed or k.adds_in_int16 else 128 for k in KERNELS.values())
+
+
+@jit
+def screened_rows(kernel, codes, scales, x, first, last, scores, ahead, scratch):
+    """scores[t, r] = scales[r] * (codes[r] . x[t]), but for the error that `slack` covers.
+
+    codes: the address of int8[vocab, hidden], x: float32[T, hidden], scores: float32[T, vocab],
+    scratch: uint8[>= 2 * hidden + 8], kernel: as `kernel_type` makes it.
+    """
+    tokens, hidden = x.shape
+    steps = hidden // STEP
+    sums = carray(pointer(at(scratch), np.int32), 2)
+    q = carray(pointer(at(scratch[8:]), np.int8), (2, hidden))
+    for t in range(tokens):
+        unit = split(x[t], q[0], q[1])
+        extra = OFFSETS[len(kernel) - 1] * add_up(q[0, : STEP * steps])
+        finer_extra = OFFSETS[len(kernel) - 1] * add_up(q[1, : STEP * steps])
+        for r in range(first, last):
+            row = codes + r * hidden
+            _two_dots(kernel, row, at(q), hidden, steps, at(sums), ahead)
+            coarse, fine = np.int64(sums[0] - extra), np.int64(sums[1] - finer_extra)
+            rest = carray(pointer(row, np.int8), hidden)
+            for i in range(STEP * steps, hidden):
+                coarse += rest[i] * np.int64(q[0, i])
+                fine += rest[i] * np.int64(q[1, i])
+            scores[t, r] = np.float32(np.float64(scales[r]) * (unit * (254 * coarse + fine)))
+
+
+@jit
+def split(x, coarse, fine):
+    """x = unit * (254 * coarse + fine), up to unit / 2; returns the unit."""
+    largest = np.float64(largest_magnitude(x))
+    step = largest / 127 if largest > 0 else 1.0
+    inverse = 1 / step
+    for i in range(len(x)):
+        q = np.rint(x[i] * inverse)
+        coarse[i] = np.int8(q)
+        fine[i] = np.int8(np.rint((x[i] - q * step) * inverse * 254))
+    return step / 254
+
+
+@jit
+def add_up(q):
+    total = np.int32(0)
+    for i in range(len(q)):
+        total += np.int32(q[i])
+    return total
+
+
 # --- Which words to read -------------------------------------------------------------------------
 
 
 @cached_jit
-def exact_rows(head, number_bytes, scales, rows, x, scores, chunks, thread, counters):
+def exact_rows(head, number_bytes, rows, x, scores, chunks, thread, counters):
     """scores[t, r] = row r of the head . x[t] for all r in `rows`."""
     chunk, n = take(counters), len(rows)
     while chunk < chunks:
         for i in range(chunk * n // chunks, (chunk + 1) * n // chunks):
-            head_rows(head, number_bytes, scales, x, rows[i], rows[i] + 1, scores, 0)
+            head_rows(head, number_bytes, x, rows[i], rows[i] + 1, scores, 0)
         finish(counters)
         chunk = take(counters)
     wait_for(counters, chunks)

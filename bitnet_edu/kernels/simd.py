@@ -103,12 +103,13 @@ class Kernel(NamedTuple):
     dot: Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value], ir.Value]
     signed: bool = False  # takes codes up to 127 only, so that 2 << 6 = 128 must be avoided
     matrix: bool = False  # multiplies two rows with two tokens at once
+    adds_in_int16: bool = False  # two products at a time, so that they must be small
 
 
 KERNELS = {
     "vnni": Kernel((("avx512vnni", "avx512bw"),), 64, 16, 4, 12, _dot_vnni),
     "avxvnni": Kernel((("avxvnni",), ("avx512vnni", "avx512vl")), 32, 8, 3, 6, _dot_avxvnni),
-    "avx2": Kernel((("avx2",),), 32, 8, 2, 5, _dot_avx2),
+    "avx2": Kernel((("avx2",),), 32, 8, 2, 5, _dot_avx2, adds_in_int16=True),
     "i8mm": Kernel((("dotprod", "i8mm"),), 16, 4, 4, 0, _dot_sdot, signed=True, matrix=True),
     "sdot": Kernel((("dotprod",),), 16, 4, 4, 12, _dot_sdot, signed=True),
     "portable": Kernel(((),), 16, 16, 2, 2, _dot_portable),

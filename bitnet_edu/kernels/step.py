@@ -20,6 +20,7 @@ from bitnet_edu.kernels.attention import (
 from bitnet_edu.kernels.bits import cached_jit, ceil_div, jit
 from bitnet_edu.kernels.head import head_rows
 from bitnet_edu.kernels.pointwise import add_sums, norm_and_quantize, squared_relu
+from bitnet_edu.kernels.screen import screened_rows
 from bitnet_edu.kernels.simd import fetch, ternary_rows
 from bitnet_edu.kernels.threads import chunk_count, finish, finished, now, take, wait_for
 
@@ -150,9 +151,14 @@ def step(
                 attention_chunk(shape, cache, work, layer, index, start, tokens, spans, thread)
             elif stage > STAGES * shape.layers:
                 x = work.normed[tokens - len(logits) : tokens, : shape.hidden]
-                scales = table.head_scales
-                ahead = table.head_ahead
-                head_rows(table.head, table.head_bytes, scales, x, row, end_row, logits, ahead)
+                if table.head_bytes == 1:
+                    screened_rows(
+                        kernel, table.head, table.head_scales, x, row, end_row, logits,
+                        table.head_ahead, work.codes[thread],
+                    )  # fmt: skip
+                else:
+                    args = x, row, end_row, logits, table.head_ahead
+                    head_rows(table.head, table.head_bytes, *args)
             else:
                 row = index if end - begin == 1 else thread
                 pointwise(stage, index, row, shape, table, cache, work, start, spans)

@@ -154,11 +154,10 @@ def _best(kind: str, times: dict[tuple[str, int], float]) -> int:
 def _head(head, number_bytes, x, logits, ahead, threads, thread, counters):
     vocab, hidden = logits.shape[1], x.shape[1]
     chunks = chunk_count(vocab * hidden * number_bytes, threads)
-    scales = np.empty(0, np.float32)
     chunk = take(counters)
     while chunk < chunks:
         first, last = chunk * vocab // chunks, (chunk + 1) * vocab // chunks
-        head_rows(head, number_bytes, scales, x, first, last, logits, ahead)
+        head_rows(head, number_bytes, x, first, last, logits, ahead)
         finish(counters)
         chunk = take(counters)
     wait_for(counters, chunks)

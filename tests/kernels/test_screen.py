@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numba import njit
 
 from bitnet_edu.errors import InputError
 from bitnet_edu.kernels import screen as module
 from bitnet_edu.kernels.border import address
-from bitnet_edu.kernels.screen import Screen, exact_rows
-from bitnet_edu.kernels.threads import run
+from bitnet_edu.kernels.screen import Screen, screened_rows
+from bitnet_edu.kernels.simd import kernel_name, kernel_type, supported_kernels
 from bitnet_edu.sampling import Sampling, sample
 
 WORDS, HIDDEN = 700, 130
@@ -36,14 +37,35 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def scores_of(screen, x, threads=1):
+@njit
+def all_rows(kernel, codes, scales, x, scores, scratch):
+    screened_rows(kernel, codes, scales, x, 0, scores.shape[1], scores, 0, scratch)
+
+
+def scores_of(screen, x, threads=1, kernel=None):
     """(those of the int8 copy, the exact ones), float32[T, words] each."""
     codes, vocab = screen.copy.codes, len(screen.head)
     screened, exact = (np.empty((len(x), vocab), np.float32) for _ in range(2))
-    place = address(codes, np.int8, codes.shape, "codes")
-    run(exact_rows, (place, 1, screen.copy.scales, screen.copy.ids, x, screened, 3), threads)
+    place, scratch = address(codes, np.int8, codes.shape, "codes"), np.empty(10**6, np.uint8)
+    chosen = kernel_type(kernel or kernel_name())
+    all_rows(chosen, place, screen.copy.scales, x, screened, scratch)
     screen.read(screen.copy.ids, x, exact, threads)
     return screened, exact
+
+
+@pytest.mark.parametrize("kernel", supported_kernels())
+@pytest.mark.parametrize("hidden", [4, 63, 64, 130, 2560])
+def test_every_kernel_gives_the_same_screened_scores(kernel, hidden):
+    screen, x = Screen(normal(50, hidden)), normal(3, hidden, seed=1)
+    x[1], x[2, 1:] = -x[1].max(), 0
+    screen.copy.codes[:2] = [[127], [-127]]  # the largest sums
+    screened, _ = scores_of(screen, x, kernel=kernel)
+    unit = np.abs(x).max(axis=1, keepdims=True).astype(np.float64) / 127
+    coarse = np.rint(x / unit)
+    fine = np.rint((x - coarse * unit) / unit * 254)
+    sums = (254 * coarse + fine) @ screen.copy.codes.T.astype(np.float64)
+    expected = screen.copy.scales * (unit / 254 * sums)
+    np.testing.assert_allclose(screened, expected, rtol=1e-6, atol=1e-5 * np.abs(x).max())
 
 
 def choices(screen, x, sampling, keys=KEYS, threads=1):
