@@ -243,3 +243,19 @@ def test_the_screen_hides_no_nan(value, dtype):
 def test_heads_that_are_none(head):
     with pytest.raises(InputError, match="a head"):
         Screen(head)
+
+
+def test_the_error_of_the_split_is_reckoned_with():
+    """Word 0 loses all that the split of x can lose, and wins by half of that, against word 1."""
+    hidden, step = 20, 1 / 127
+    x = np.full((1, hidden), 60 * step + 100.49 * step / 254)
+    x[0, 0] = 1
+    lost = (hidden - 1) * 0.49 * step / 254
+    head = np.zeros((2, hidden), np.float32)
+    head[0] = 1
+    head[1, 0] = x.sum() - lost / 2
+    screen, x = Screen(head), x.astype(np.float32)
+    screened, exact = scores_of(screen, x)
+    assert exact[0, 0] > exact[0, 1]
+    assert screened[0, 0] < screened[0, 1]
+    assert choices(screen, x, Sampling()) == [0] * len(KEYS)

@@ -160,6 +160,18 @@ def stale_after_truncate(engine, monkeypatch):
     monkeypatch.setattr(BitNet, "forward", forward)
 
 
+def second_best_chosen(engine, monkeypatch):
+    """The scores are right, the choice is not."""
+    real = BitNet.next_tokens
+
+    def next_tokens(self, ids, cache, sampling, keys):
+        tokens, start = real(self, ids, cache, sampling, keys), cache.length - len(ids)
+        cache.truncate(start)
+        return [*tokens[:-1], int(self.forward(ids, cache).argsort()[-2])]
+
+    monkeypatch.setattr(BitNet, "next_tokens", next_tokens)
+
+
 def every_position_one_late(engine, monkeypatch):
     real = KVCache.__init__
 
@@ -175,7 +187,7 @@ def every_position_one_late(engine, monkeypatch):
 
 def table_changed(change):
     def sabotage(engine, monkeypatch):
-        engine._table = change(engine, engine._table)
+        engine._tables["2bit"] = change(engine, engine._make_table("2bit"))
 
     return sabotage
 
@@ -183,13 +195,13 @@ def table_changed(change):
 def head_rows_swapped(engine, table):
     engine._head = engine._head.copy()
     engine._head[[1, 2]] = engine._head[[2, 1]]
-    return engine._make_table()
+    return engine._make_table("2bit")
 
 
 def one_number_of_the_head(engine, table):
     engine._head = engine._head.copy()
     engine._head[5, 7] *= engine._head.dtype.type(1.5)
-    return engine._make_table()
+    return engine._make_table("2bit")
 
 
 def next_bfloat16(scale):
@@ -235,6 +247,7 @@ AROUND = {
     "cache heads swapped": forward_changed(heads_swapped_in_the_cache),
     "nothing forgotten": nothing_forgotten,
     "stale after truncate": stale_after_truncate,
+    "second best chosen": second_best_chosen,
     "head rows swapped": table_changed(head_rows_swapped),
     "one number of the head": table_changed(one_number_of_the_head),
     "eps": another_eps,
