@@ -14,7 +14,7 @@ from bitnet_edu.kernels.attention import SPAN
 from bitnet_edu.kernels.bits import has_float16
 from bitnet_edu.kernels.simd import supported_kernels
 from bitnet_edu.kernels.step import PART_NAMES
-from bitnet_edu.model import BATCH, BitNet, Settings, _tiles
+from bitnet_edu.model import BATCH, IN_VAIN, PAUSE, BitNet, Settings, _tiles
 from bitnet_edu.packing import pack_base3_rows
 from bitnet_edu.reference import BitNetReference
 from bitnet_edu.sampling import Sampling
@@ -508,3 +508,27 @@ def test_keys_that_do_not_fit(keys):
     with pytest.raises(InputError, match=r"keys|choices"):
         model.next_tokens(ids_of(model.config, 3), cache, Sampling(), keys)
     assert cache.length == 0
+
+
+def test_a_large_head_is_screened_by_itself_unless_that_decides_nothing(monkeypatch):
+    plain, model = model_of(config()), model_of(config())
+    keys = np.zeros(1, np.uint64)
+    ways = (Sampling(), Sampling(0.6, None, 0.9))
+    assert model.mode["head"] == "exact"
+    for way in ways:
+        model.next_tokens([1], model.new_cache(1), way, keys)
+    assert (model.mode["head"], model.screened) == ("exact", 0)
+    monkeypatch.setattr("bitnet_edu.model.ENOUGH", 1)
+    for way in ways:
+        expected = plain.next_tokens([1], plain.new_cache(1), way, keys)
+        assert model.next_tokens([1], model.new_cache(1), way, keys) == expected
+    assert (model.mode["head"], model.screened) == ("screened", 2)
+    assert model.arrays_of_a_token[-1].dtype == np.int8
+    monkeypatch.setattr(screen.Screen, "choose", lambda *args: None)
+    before, steps = model.screened, 3 * PAUSE
+    for _ in range(steps):
+        expected = plain.next_tokens([1], plain.new_cache(1), ways[1], keys)
+        assert model.next_tokens([1], model.new_cache(1), ways[1], keys) == expected
+    assert IN_VAIN <= model.screened - before <= IN_VAIN + steps / PAUSE
+    model.settings = Settings(head="exact")
+    assert model.mode["head"] == "exact"
