@@ -68,6 +68,10 @@ class BitNetLM:
         """Append tokens to the cache; the next one's scores, float32[vocab]: `BitNet.forward`."""
         return self.engine.forward(ids, cache, observe)
 
+    def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
+        """Append tokens to the cache, without any scores: `BitNet.prefill`."""
+        self.engine.prefill(ids, cache)
+
     def next_tokens(
         self, ids: Sequence[int], cache: KVCache, sampling: Sampling, keys: np.ndarray
     ) -> list[int]:
@@ -264,7 +268,7 @@ def _generate(
             progress(first, len(ids))
         part = ids[first : first + BATCH]
         if first + BATCH < len(ids):
-            model.forward(part, cache)
+            model.prefill(part, cache)
     guesser.extend(ids.tolist())
     made, guess = 0, []
     while made < count:

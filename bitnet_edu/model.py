@@ -205,7 +205,7 @@ class BitNet:
         with self._lock:
             screen = self._screen if settings.head != "exact" else None
             if settings.head == "screened" and screen is None:
-                screen = self._make_screen(settings.threads)
+                screen = Screen(self._head, settings.threads)
             self._settings, self._screen = settings, screen
 
     @property
@@ -257,6 +257,12 @@ class BitNet:
         self._body(ids, cache, scores, observe)
         return scores[0]
 
+    def prefill(self, ids: np.ndarray, cache: KVCache) -> None:
+        """Append int[T] tokens to the cache, without any scores: the head is not read."""
+        self._body(
+            self._checked(ids), cache, np.empty((0, self.config.vocab_size), np.float32), None
+        )
+
     def next_tokens(
         self, ids: np.ndarray, cache: KVCache, sampling: Sampling, keys: np.ndarray
     ) -> list[int]:
@@ -290,13 +296,8 @@ class BitNet:
             if small or self._pause > 0:
                 self._pause -= 1
                 return None
-            self._screen = self._screen or self._make_screen(self._settings.threads)
+            self._screen = self._screen or Screen(self._head, self._settings.threads)
             return self._screen
-
-    def _make_screen(self, threads: int) -> Screen:
-        screen = Screen(self._head, threads)
-        release(self._head)  # from now on only some of its rows are read
-        return screen
 
     def _choose(
         self,

@@ -31,7 +31,7 @@ def test_the_cache_is_kept_between_turns(model, monkeypatch):
     chat = ChatSession(model)
     list(chat.send("Hello there, what is a ternary weight?", max_new_tokens=5))
     lengths = []
-    for name in ("forward", "next_tokens"):
+    for name in ("prefill", "next_tokens"):
         original = getattr(model, name)
 
         def spy(ids, *args, original=original):

@@ -664,11 +664,11 @@ import sys, time
 from bitnet_edu import cli, generate
 from bitnet_edu.generate import BitNetLM
 generate.BATCH = 8
-forward = BitNetLM.forward
+prefill = BitNetLM.prefill
 def slow(self, *arguments):
-    time.sleep(0.3 if len(arguments[0]) > 1 else 0)
-    return forward(self, *arguments)
-BitNetLM.forward = slow
+    time.sleep(0.3)
+    return prefill(self, *arguments)
+BitNetLM.prefill = slow
 sys.exit(cli.main(["chat", "-n", "5"]))
 """
 

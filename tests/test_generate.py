@@ -67,7 +67,7 @@ def refuse_work(model, monkeypatch):
     def work(*_):
         raise AssertionError("work was done")
 
-    monkeypatch.setattr(model, "forward", work)
+    monkeypatch.setattr(model, "prefill", work)
     monkeypatch.setattr(model, "next_tokens", work)
 
 

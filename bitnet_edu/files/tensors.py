@@ -73,6 +73,7 @@ class Tensors:
         stored = self.take(name, shape, FLOATS)
         array = stored.array()
         refuse_nonfinite(stored.file, name, array)
+        stored.release()  # a model need not be in memory before it is worked with
         return array
 
     def norm(self, name: str, size: int) -> np.ndarray:

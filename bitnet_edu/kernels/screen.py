@@ -41,7 +41,7 @@ from numba.extending import intrinsic
 
 from bitnet_edu.errors import InputError
 from bitnet_edu.kernels.bits import as_float, at, cached_jit, jit, pointer, sum_jit
-from bitnet_edu.kernels.border import address, checked
+from bitnet_edu.kernels.border import address, checked, release
 from bitnet_edu.kernels.head import head_rows
 from bitnet_edu.kernels.matmul import count_nonfinite
 from bitnet_edu.kernels.pointwise import largest_magnitude, round_to_int8
@@ -78,6 +78,7 @@ MARGIN = 1e-3  # of weights: two float32 exponentials and their arguments are of
 SURE = 1e-9  # of masses: float64 sums in another order are off by 1e-11 at most
 LEAST = 1e-37  # in a bound: what underflow may do
 LARGE = 1e30  # bounds from here on may hide a sum that overflows
+PIECE = 2**14  # words that are copied before the head's own memory is given back
 SPLIT = 60_000  # 127 * 508 and a little less, for what float64 rounds
 MOST_HIDDEN = 2**16  # 255 * 127 times so many are less than 2**31
 WORTH_A_THREAD = 2**21  # bytes of rows: for less, waking another is not worth it
@@ -118,7 +119,10 @@ class Screen:
         )
         place, size = self._place(), head.itemsize
         rows = np.empty((threads, hidden), np.float32)
-        run(copy_rows, (place, size, self.copy, rows, threads), threads)
+        for first in range(0, vocab, PIECE):
+            last = min(first + PIECE, vocab)
+            run(copy_rows, (place, size, self.copy, rows, first, last, threads), threads)
+            release(head[first:last])  # from now on only few of its rows are read
         if not np.isfinite(self.copy.slack).all() and (bad := count_nonfinite(head)):
             raise InputError(f"a head with {bad} NaN or Inf can't be screened: it has no best word")
 
@@ -163,13 +167,13 @@ class Screen:
 
 
 @cached_jit
-def copy_rows(head, number_bytes, copy, rows, threads, thread, counters):
-    """Fill codes, scales and slack. rows: float32[threads, hidden], scratch."""
-    vocab, hidden = copy.codes.shape
-    chunks = chunk_count(vocab * hidden * number_bytes, threads)
+def copy_rows(head, number_bytes, copy, rows, begin, end, threads, thread, counters):
+    """Fill codes, scales and slack of the words begin..end. rows: float32[threads, hidden]."""
+    count, hidden = end - begin, copy.codes.shape[1]
+    chunks = chunk_count(count * hidden * number_bytes, threads)
     chunk, row = take(counters), rows[thread]
     while chunk < chunks:
-        for r in range(chunk * vocab // chunks, (chunk + 1) * vocab // chunks):
+        for r in range(begin + chunk * count // chunks, begin + (chunk + 1) * count // chunks):
             load_row(head + r * hidden * number_bytes, number_bytes, row)
             copy.scales[r], copy.slack[r] = copy_row(row, copy.codes[r])
         finish(counters)
