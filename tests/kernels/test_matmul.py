@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 import bitnet_edu
 from bitnet_edu.errors import InputError
 from bitnet_edu.kernels.matmul import base3_of, count_invalid, count_nonfinite, ternary_matmul
-from bitnet_edu.kernels.simd import KERNELS, MAX_COLUMNS, kernel_name, supported_kernels
+from bitnet_edu.kernels.simd import KERNELS, MANY, MAX_COLUMNS, kernel_name, supported_kernels
 from bitnet_edu.packing import pack_base3_rows, pack_hf
 
 rows_of_four = st.integers(1, 40).map(lambda n: 4 * n)
+# enough that some go to the lanes of unpacked codes, and some remain
+rows_of_any = rows_of_four | st.sampled_from([32 * 4, 33 * 4, 75 * 4, 64 * 5 * 4])
+tokens = st.integers(1, 11) | st.sampled_from([MANY - 1, MANY, MANY + 1, MANY + 13])
 columns = st.integers(1, 300) | st.sampled_from([2560, 6911, 6912, 6913])
 
 
@@ -41,7 +44,7 @@ def exact(codes, q):
 
 @every_kernel
 @settings(deadline=None, max_examples=60)
-@given(rows_of_four, columns, st.integers(1, 11), st.integers(1, 3), st.integers(0, 2**32 - 1))
+@given(rows_of_any, columns, tokens, st.integers(1, 3), st.integers(0, 2**32 - 1))
 def test_bit_exact_on_any_shape(kernel, out, n, tokens, threads, seed):
     rng = np.random.default_rng(seed)
     codes = rng.integers(-1, 2, (out, n), dtype=np.int8)
@@ -56,8 +59,22 @@ def test_bit_exact_on_any_shape(kernel, out, n, tokens, threads, seed):
 
 
 @every_kernel
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("tokens", [MANY, MANY + 13, 256])
+@pytest.mark.parametrize("n", [64, 200])
+@pytest.mark.parametrize("out", [640, 1384])
+def test_many_tokens_are_multiplied_with_unpacked_codes(kernel, out, n, tokens, threads):
+    rng = np.random.default_rng(out + n + tokens)
+    codes = rng.integers(-1, 2, (out, n), dtype=np.int8)
+    q = rng.integers(-128, 128, (tokens, n), dtype=np.int8)
+    for packed, rows in ((pack_hf(codes), None), (pack_base3_rows(codes), out)):
+        sums = ternary_matmul(packed, q, base3_rows=rows, threads=threads, kernel=kernel)
+        np.testing.assert_array_equal(sums, exact(codes, q))
+
+
+@every_kernel
 @settings(deadline=None, max_examples=30)
-@given(st.integers(1, 60), columns, st.integers(1, 9), st.integers(0, 2**32 - 1))
+@given(st.integers(1, 60) | st.integers(160, 175), columns, tokens, st.integers(0, 2**32 - 1))
 def test_base_3_writes_no_row_that_does_not_exist(kernel, out, n, tokens, seed):
     rng = np.random.default_rng(seed)
     codes = rng.integers(-1, 2, (out, n), dtype=np.int8)
