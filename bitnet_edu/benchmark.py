@@ -437,7 +437,7 @@ class _Scripted:
     """An engine that does all its work, but says what a given text says."""
 
     def __init__(self, model: BitNetLM, text: list[int]):
-        self.model, self.config, self.forward, self.text = model, model.config, model.forward, text
+        self.model, self.config, self.prefill, self.text = model, model.config, model.prefill, text
         self.own = [-1] * len(text)  # what it would have said at each place
 
     def next_tokens(
