@@ -33,7 +33,7 @@ def describe(source: str = "tiny", *, ternarize: bool = False) -> dict[str, Any]
         "config": config._asdict() | {"head_dim": config.head_dim},
         "parameters": ternary + sum(array.size for array in norms + tables),
         "ternary_parameters": ternary,
-        "packing": "2bit" if matrices[0].base3_rows is None else "base3",
+        "packing": matrices[0].packing,
         "tied_embeddings": tied,
         "embedding_dtype": str(weights.embedding.dtype),
         "vocabulary_of_tokenizer": tokenizer and tokenizer.backend.get_vocab_size(),

@@ -51,7 +51,7 @@ from bitnet_edu.kernels.threads import (
     run,
     run_long,
 )
-from bitnet_edu.kernels.tuning import ENOUGH, Tuning, packing_of, tuning_for
+from bitnet_edu.kernels.tuning import ENOUGH, Tuning, tuning_for
 from bitnet_edu.layers import Observer, rope_frequencies
 from bitnet_edu.sampling import Sampling, sample
 from bitnet_edu.weights import BitNetConfig, TernaryMatrix, Weights
@@ -180,6 +180,7 @@ class BitNet:
         narrow = head.dtype == ml_dtypes.bfloat16
         # kept, for the table holds nothing but addresses
         self._head = head if narrow else head.astype(np.float32, copy=False)
+        self._stored = weights.layers[0].q_proj.packing
         self._tables: dict[str, Table] = {}
         self._base3: list[np.ndarray] = []  # kept, as the head is
         self._tunings: dict[tuple[str, int], Tuning] = {}
@@ -198,7 +199,7 @@ class BitNet:
     def settings(self, settings: Settings) -> None:
         if not isinstance(settings, Settings):
             raise InputError(f"settings must be made by model.Settings, not {settings!r}")
-        if settings.packing == "2bit" and packing_of(self._matrices[0]) == "base3":
+        if settings.packing == "2bit" and self._stored == "base3":
             raise InputError(
                 "this model lies in base 3: `bitnet-edu convert` makes a model in 2 bits of it"
             )
@@ -550,14 +551,14 @@ class BitNet:
         return self._tables[packing]._replace(ahead=ahead, head_ahead=tuning.head_ahead)
 
     def _packing(self, settings: Settings) -> str:
-        if (stored := packing_of(self._matrices[0])) == "base3":
-            return stored
+        if self._stored == "base3":
+            return self._stored
         return self._tuning(settings).packing if settings.packing == "auto" else settings.packing
 
     def _arrays(self, packing: str) -> list[np.ndarray]:
         """The packed matrices; base-3 copies are made once."""
         arrays = [matrix.packed for matrix in self._matrices]
-        if packing == packing_of(self._matrices[0]):
+        if packing == self._stored:
             return arrays
         for array in arrays[len(self._base3) :]:
             self._base3.append(base3_of(array, self.threads))

@@ -69,6 +69,11 @@ class TernaryMatrix(NamedTuple):
     base3_rows: int | None = None
 
     @property
+    def packing(self) -> str:
+        """ "2bit" or "base3"."""
+        return "2bit" if self.base3_rows is None else "base3"
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         rows, columns = self.packed.shape

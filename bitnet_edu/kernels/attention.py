@@ -28,7 +28,7 @@ from bitnet_edu.kernels.bits import (
     pointer,
     sum_jit,
 )
-from bitnet_edu.kernels.simd import AHEAD, INT64, prefetch_line
+from bitnet_edu.kernels.simd import AHEAD, INT64, broadcast, prefetch_line, store
 
 SPAN = 1024  # positions in a chunk when one token is decoded
 TOKENS = 8  # of a prompt that share the keys and values they look at
@@ -200,10 +200,10 @@ def _score_tile(heads: int):
                 for j, sum_ in enumerate(sums[head]):
                     builder.store(multiply_add(builder, q, k[j], builder.load(sum_)), sum_)
         result = _sum_each(builder, [builder.load(sum_) for row in sums for sum_ in row])
-        result = builder.fmul(result, _broadcast(builder, scale, 16))
+        result = builder.fmul(result, broadcast(builder, scale, 16))
         for head in range(heads):
             four = builder.shuffle_vector(result, result, _mask(range(4 * head, 4 * head + 4)))
-            _store(builder, four, _row(builder, out, out_row, head))
+            store(builder, four, _row(builder, out, out_row, head))
         return context.get_dummy_value()
 
     def typer(typingctx, queries, query_row, keys, key_row, size, scale, out, out_row, like):
@@ -241,12 +241,12 @@ def _mix_tile(heads: int):
             for head in range(heads):
                 address = _row(builder, column, weight_row, head)
                 weight = builder.load(builder.inttoptr(address, ir.FloatType().as_pointer()))
-                weight = _broadcast(builder, weight, 16)
+                weight = broadcast(builder, weight, 16)
                 for j, sum_ in enumerate(sums[head]):
                     builder.store(multiply_add(builder, weight, v[j], builder.load(sum_)), sum_)
         for head in range(heads):
             for sum_, place in zip(sums[head], places[head], strict=True):
-                _store(builder, builder.load(sum_), place)
+                store(builder, builder.load(sum_), place)
         return context.get_dummy_value()
 
     def typer(typingctx, weights, weight_row, values, value_row, count, out, out_row, like):
@@ -282,16 +282,6 @@ def _mask(lanes: Iterable[int]) -> ir.Constant:
 
 def _row(builder: ir.IRBuilder, address: ir.Value, stride: ir.Value, index: int) -> ir.Value:
     return builder.add(address, builder.mul(stride, INT64(index)))
-
-
-def _store(builder: ir.IRBuilder, vector: ir.Value, address: ir.Value) -> None:
-    builder.store(vector, builder.inttoptr(address, vector.type.as_pointer()), align=4)
-
-
-def _broadcast(builder: ir.IRBuilder, number: ir.Value, lanes: int) -> ir.Value:
-    vector = ir.Constant(ir.VectorType(ir.FloatType(), lanes), ir.Undefined)
-    vector = builder.insert_element(vector, number, ir.IntType(32)(0))
-    return builder.shuffle_vector(vector, vector, _mask([0] * lanes))
 
 
 @fused_jit

@@ -68,6 +68,7 @@ from bitnet_edu.kernels.simd import (
     kernel_of,
     load_any,
     prefetch_line,
+    store,
     sum_lanes,
 )
 from bitnet_edu.kernels.threads import chunk_count, finish, run, take, wait_for
@@ -259,7 +260,7 @@ def _two_dots_with(builder, kernel, codes, q, hidden, steps, sums, ahead):
                 x = load_any(builder, place, bytes_)
                 builder.store(_signed_dot(builder, kernel, builder.load(total), code, x), total)
     total = sum_lanes(builder, [builder.load(total) for total in totals])
-    builder.store(total, builder.inttoptr(sums, total.type.as_pointer()), align=4)
+    store(builder, total, sums)
 
 
 def _signed_dot(builder, kernel, sums, codes, x):

@@ -35,11 +35,9 @@ from bitnet_edu.errors import InputError
 from bitnet_edu.kernels.bits import at, cpu_features, jit, pointer
 
 MAX_COLUMNS = 2**17 - 1
-BLOCK_BYTES = (
-    49152  # of weights that stay in the caches while a few tokens are multiplied with them
-)
+BLOCK_BYTES = 49152  # of weights that stay in the caches while a few tokens pass
 MANY = 96  # tokens for which it pays to unpack the codes
-AHEAD = 8192  # bytes that memory may be asked for ahead of their use: tuning.py tries it
+AHEAD = 8192  # bytes of keys and values that memory is asked for ahead; of weights: tuning.py
 STEP = 64  # columns per turn of the loop, and what a row of activations is best padded to
 INT8, INT16, INT32, INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 
@@ -271,7 +269,7 @@ def _row(
             # fives do not always come out even: some of the last rows may not exist
             exists = builder.icmp_signed("<", row, outputs)
             with builder.if_then(exists) if digits == 5 and k else contextlib.nullcontext():
-                _store(builder, value, builder.add(out, builder.mul(index, INT64(4))))
+                store(builder, value, builder.add(out, builder.mul(index, INT64(4))))
 
 
 def load_any(builder: ir.IRBuilder, address: ir.Value, type_: ir.Type) -> ir.Value:
@@ -279,7 +277,7 @@ def load_any(builder: ir.IRBuilder, address: ir.Value, type_: ir.Type) -> ir.Val
     return builder.load(builder.inttoptr(address, type_.as_pointer()), align=1)
 
 
-def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int = 4) -> None:
+def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int = 4) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
 
 
@@ -341,7 +339,7 @@ def _unpack_side_by_side(builder, kernel, decode, weights, columns, steps, codes
             for i, vector in enumerate(_transposed(builder, rows)):
                 place = builder.add(out, INT64(2 * kernel.width * i))
                 for code in decode(builder, kernel, builder.bitcast(vector, bytes_)):
-                    _store(builder, _divided(builder, *code), place, align=1)
+                    store(builder, _divided(builder, *code), place, align=1)
                     place = builder.add(place, size)
 
 
@@ -359,7 +357,7 @@ def _transposed(builder: ir.IRBuilder, vectors: list[ir.Value]) -> list[ir.Value
     n = len(vectors)
     half = n // 2
     while half:
-        left = [lane + n * (lane // half % 2) - half * (lane // half % 2) for lane in range(n)]
+        left = [lane + (n - half) * (lane // half % 2) for lane in range(n)]
         masks = [ir.Constant(_vector(INT32, n), [lane + far for lane in left]) for far in (0, half)]
         for i in range(n):
             if not i & half:
@@ -416,7 +414,7 @@ def _tile(builder, kernel, codes, x, x_stride, steps, x_sums, out, out_token):
         place = builder.add(out, builder.mul(out_token, INT64(4 * token)))
         for i, sum_ in enumerate(sums[token]):
             value = builder.sub(builder.load(sum_), x_sum)
-            _store(builder, value, builder.add(place, INT64(4 * kernel.sums * i)))
+            store(builder, value, builder.add(place, INT64(4 * kernel.sums * i)))
 
 
 def broadcast(builder: ir.IRBuilder, number: ir.Value, lanes: int) -> ir.Value:

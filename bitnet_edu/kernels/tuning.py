@@ -55,7 +55,7 @@ def tuning_for(
     """
     if os.environ.get("BITNET_EDU_TUNING"):
         return tuning_of_environment()
-    packing = packing_of(matrices[0])
+    packing = matrices[0].packing
     if sum(matrix.packed.nbytes for matrix in matrices) + head.nbytes < ENOUGH:
         return Tuning(packing)
     key = f"{cpu_identity()}, {kernel}, {threads} threads, {packing}"
@@ -64,10 +64,6 @@ def tuning_for(
         if steady:
             remember(key, known)
     return known
-
-
-def packing_of(matrix: TernaryMatrix) -> str:
-    return "2bit" if matrix.base3_rows is None else "base3"
 
 
 def tuning_of_environment() -> Tuning:
@@ -96,7 +92,7 @@ def measure(
     What lies in base 3 already stays so. Also returns whether the clock can be believed: on a busy
     machine the same work takes now so long, now so long.
     """
-    samples = {packing_of(matrices[0]): _sample(matrices)}
+    samples = {matrices[0].packing: _sample(matrices)}
     if "2bit" in samples:
         samples["base3"] = [
             TernaryMatrix(base3_of(packed, threads), scale, 4 * len(packed))
