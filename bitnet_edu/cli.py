@@ -159,11 +159,13 @@ def build_parser() -> argparse.ArgumentParser:
         "bitnet-edu convert tiny tiny.gguf",
         "bitnet-edu convert microsoft/bitnet-b1.58-2B-4T-gguf my-bitnet",
         "bitnet-edu convert my-bitnet my-master --to hf-bf16",
+        "bitnet-edu convert my-bitnet my-small-bitnet --to base3",
         "bitnet-edu convert random-2b4t speed-test",
     )
     verb.add_argument("source", metavar="SRC", help="a MODEL, or random-2b4t")
     verb.add_argument("destination", metavar="DST", help="a new folder, or a new .gguf file")
-    form = "hf-packed, hf-bf16 or gguf-i2s (default: gguf-i2s for a .gguf file, else hf-packed)"
+    default = "(default: gguf-i2s for a .gguf file, else hf-packed)"
+    form = f"hf-packed, hf-bf16, gguf-i2s, or base3, this package's own {default}"
     verb.add_argument("--to", metavar="FORMAT", help=form)
     block = "I2_S layout of SRC if that is a GGUF file, else of DST: 128 (default) or 64 (Arm)"
     verb.add_argument("--i2s-block", type=int, metavar="N", help=block)

@@ -24,7 +24,6 @@ from bitnet_edu.kernels.matmul import base3_of
 from bitnet_edu.kernels.screen import MOST_HIDDEN, Screen
 from bitnet_edu.kernels.simd import (
     MAX_COLUMNS,
-    NO_KERNEL,
     PACKINGS,
     kernel_name,
     kernel_type,
@@ -57,6 +56,7 @@ from bitnet_edu.sampling import Sampling, sample
 from bitnet_edu.weights import BitNetConfig, TernaryMatrix, Weights
 
 BATCH = 256  # prompt tokens that go through the layers together
+SPREAD = 32  # tokens whose embeddings are in memory together
 SLOTS = 4 * BATCH  # of attention: a token in each span of positions that it looks back at
 LONG = 2**31  # bytes of weights times tokens from which on Ctrl-C can't wait for the end
 WORTH_A_THREAD = 2**21  # bytes of weights times tokens: for less, waking another is not worth it
@@ -260,9 +260,8 @@ class BitNet:
 
     def prefill(self, ids: np.ndarray, cache: KVCache) -> None:
         """Append int[T] tokens to the cache, without any scores: the head is not read."""
-        self._body(
-            self._checked(ids), cache, np.empty((0, self.config.vocab_size), np.float32), None
-        )
+        no_scores = np.empty((0, self.config.vocab_size), np.float32)
+        self._body(self._checked(ids), cache, no_scores, None)
 
     def next_tokens(
         self, ids: np.ndarray, cache: KVCache, sampling: Sampling, keys: np.ndarray
@@ -293,12 +292,16 @@ class BitNet:
         with self._lock:
             if self._settings.head != "auto":
                 return self._screen
-            small = self._head.nbytes < ENOUGH or self.config.hidden_size > MOST_HIDDEN
-            if small or self._pause > 0:
+            if self._pause > 0 or not self._screens(self._settings):
                 self._pause -= 1
                 return None
             self._screen = self._screen or Screen(self._head, self._settings.threads)
             return self._screen
+
+    def _screens(self, settings: Settings) -> bool:
+        """Whether tokens are chosen without reading the whole head, as a rule."""
+        large = self._head.nbytes >= ENOUGH and self.config.hidden_size <= MOST_HIDDEN
+        return settings.head == "screened" or (settings.head == "auto" and large)
 
     def _choose(
         self,
@@ -394,7 +397,7 @@ class BitNet:
     ) -> Work:
         """One tile of tokens through all stages; the last ones fill `scores`, float32[n, vocab]."""
         work, tokens = self._work_for(settings.threads), len(ids)
-        work.x[:tokens] = self.weights.embedding[ids]
+        self._embed(ids, work.x, settings)
         work.fault[0] = 0
         timed = work._replace(ticks=ticks)
         args = self._shape, table, cache._arrays, timed, scores, start, tokens
@@ -412,6 +415,14 @@ class BitNet:
         if work.fault[0]:
             raise BitNetError(self._explain(*divmod(int(work.fault[0]) - 1, STAGES)))
         return work
+
+    def _embed(self, ids: np.ndarray, x: np.ndarray, settings: Settings) -> None:
+        """x[t] = embedding[ids[t]]; of a head that is seldom read, no more stays in memory."""
+        for first in range(0, len(ids), SPREAD):
+            part = slice(first, min(first + SPREAD, len(ids)))
+            x[part] = self.weights.embedding[ids[part]]
+            if len(ids) > TOKENS and self._screens(settings):
+                release(self.weights.embedding)  # each row brings a megabyte around it along
 
     def _work_for(self, threads: int) -> Work:
         if self._work is None or len(self._work.scores) < threads:
@@ -438,28 +449,6 @@ class BitNet:
             packed = self._arrays(self._packing(self._settings))
         screen = self._screen
         return [*packed, screen.copy.codes if screen else self._head]
-
-    def time_step(
-        self, cache: KVCache, context: int, *, products: bool = True, head: bool = True
-    ) -> float:
-        """Seconds of one decode step after `context` tokens, without the parts that are False.
-
-        What it computes is lost. For `benchmark`, which looks at what each part costs.
-        """
-        require_whole(context, 0, cache.max_len - 1, "context")
-        with self._lock:
-            self._require_room(cache, 0)
-            threads, work = self._settings.threads, self._work_for(self._settings.threads)
-            scores = np.empty((1, self.config.vocab_size), np.float32)
-            kernel = kernel_type(self._settings.kernel) if products else NO_KERNEL
-            stages = STAGES * self._shape.layers + 1 + head
-            table = self._table_for(self._settings)
-            if self._screen:
-                table = self._screened_table(table, self._screen)
-            args = self._shape, table, cache._arrays, work, scores, context, 1, 0, stages
-            start = time.perf_counter()
-            run(step, (*args, kernel, threads), threads)
-            return time.perf_counter() - start
 
     def profile(self, ids: np.ndarray, cache: KVCache) -> dict[str, float]:
         """Append int[T] tokens to the cache; the seconds that this took, part by part.

@@ -376,17 +376,6 @@ def test_contexts_beyond_memory_are_refused_before_they_are_made():
             model.new_cache(length)
 
 
-def test_a_timed_step_stays_within_its_cache():
-    model = model_of(config())
-    cache = model.new_cache(16)
-    assert model.time_step(cache, 15, products=False, head=False) > 0  # even before any other call
-    for context in (16, 10**9, -1, 1.5):
-        with pytest.raises(InputError, match="context"):
-            model.time_step(cache, context)
-    with pytest.raises(InputError, match="another model"):
-        model.time_step(model_of(config(layers=3)).new_cache(16), 3)
-
-
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_profile_is_a_forward_of_which_each_part_is_timed(threads):
     model = model_of(config())

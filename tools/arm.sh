@@ -3,6 +3,7 @@
 # and the tests of kernels, model and GGUF, under Debian 13's qemu-user. For Debian and its relatives
 # on x86-64 with a network; installs nothing, all stays in _build/arm. About a quarter of an hour.
 #   tools/arm.sh             PYTHON names a Python with this package (else .venv's)
+#   tools/arm.sh TESTS       what to test instead, as pytest takes it
 #   MIRROR=URL tools/arm.sh  where Debian's packages are, if this machine's own sources are others
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -72,5 +73,6 @@ echo "here:   $expected"
 echo "on Arm: $found"
 [ "$expected" = "$found" ]
 # not test_cache and test_threads: they start dozens of processes, and are not about the processor
-"$work/python" -m pytest -p no:cacheprovider --timeout=0 \
-    tests/kernels/test_ladder.py tests/kernels/test_matmul.py tests/test_model.py tests/files/test_gguf.py
+[ $# -gt 0 ] || set -- tests/kernels/test_ladder.py tests/kernels/test_matmul.py \
+    tests/kernels/test_screen.py tests/test_model.py tests/files/test_gguf.py
+"$work/python" -m pytest -p no:cacheprovider --timeout=0 "$@"

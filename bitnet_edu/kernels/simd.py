@@ -466,7 +466,6 @@ def sum_lanes(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
     return vectors[0]
 
 
-NO_KERNEL = ()  # multiplies nothing: benchmark.py measures what is left
 _TOKENS = tuple(kernel.tokens for kernel in KERNELS.values())
 _WIDE = tuple(kernel.wide for kernel in KERNELS.values())
 _LANES = tuple(kernel.sums for kernel in KERNELS.values())
@@ -486,8 +485,6 @@ def ternary_rows(
     int32[>= tokens, >= outputs], kernel: as `kernel_type` makes it, ahead: as in `_multiply_row`,
     scratch: uint8[>= scratch_size(columns, tokens)].
     """
-    if len(kernel) == 0:
-        return
     whole, begin = first, 0
     if tokens >= MANY and _WIDE[len(kernel) - 1] > 0:
         digits, block = len(packing), 2 * _LANES[len(kernel) - 1]
