@@ -1,8 +1,11 @@
 """The engine against the NumPy reference, and against itself on every way through it."""
 
 import copy
+import mmap
+import re
 import sys
 import threading
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -521,3 +524,25 @@ def test_a_large_head_is_screened_by_itself_unless_that_decides_nothing(monkeypa
     assert IN_VAIN <= model.screened - before <= IN_VAIN + steps / PAUSE
     model.settings = Settings(head="exact")
     assert model.mode["head"] == "exact"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/smaps")
+def test_a_prompt_leaves_little_of_a_screened_head_in_memory(tmp_path):
+    model = model_of(config(vocab=16384, hidden=512, layers=1))
+    (tmp_path / "head").write_bytes(model.weights.embedding.tobytes())
+    with (tmp_path / "head").open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    embedding = np.frombuffer(memory, ml_dtypes.bfloat16).reshape(16384, 512)
+    weights = model.weights._replace(embedding=embedding, lm_head=embedding)
+    engine, ids = BitNet(model.config, weights), np.random.default_rng(0).integers(0, 16384, 600)
+
+    def resident():
+        maps = Path("/proc/self/smaps").read_text().split(str(tmp_path / "head"))[1]
+        return int(re.search(r"Rss: +(\d+) kB", maps)[1]) / 2**14
+
+    shares = {}
+    for head in ("screened", "exact"):
+        engine.settings = Settings(head=head)
+        engine.prefill(ids, engine.new_cache())
+        shares[head] = resident()
+    assert shares["screened"] < 0.1 < 0.5 < shares["exact"], shares

@@ -15,7 +15,7 @@ from bitnet_edu.kernels.bits import (
     multiply_add,
     pointer,
 )
-from bitnet_edu.kernels.simd import INT16, INT32, INT64, STEP, prefetch_line, sum_lanes
+from bitnet_edu.kernels.simd import INT16, INT32, INT64, STEP, prefetch_ahead, sum_lanes
 
 TOKENS = 2  # that share the loads of a row: with more, their x would leave the first-level cache
 
@@ -95,10 +95,7 @@ def _dot(number_bytes: int, tokens: int):
         with cgutils.for_range_slice(builder, INT64(0), n, INT64(STEP), INT64) as (i, _):
             place = builder.add(row, builder.mul(i, INT64(number_bytes)))
             if tokens == 1:  # else arithmetic is the limit
-                with builder.if_then(builder.icmp_signed("!=", ahead, INT64(0))):
-                    far = builder.add(place, ahead)
-                    for line in range(0, STEP * number_bytes, 64):
-                        prefetch_line(builder, builder.add(far, INT64(line)))
+                prefetch_ahead(builder, place, ahead, STEP * number_bytes)
             x_place = builder.add(x, builder.mul(i, INT64(4)))
             for j in range(STEP // 16):
                 b = load(builder, builder.add(place, INT64(16 * number_bytes * j)))

@@ -7,7 +7,6 @@ code is decoded, and no sum added up.
 
 import numpy as np
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -17,7 +16,7 @@ from bitnet_edu.kernels.simd import (
     INT32,
     INT64,
     KERNELS,
-    kernel_of,
+    for_kernel,
     load_any,
     multiply_pairs,
     pairs,
@@ -50,15 +49,7 @@ def operands(name: str, threads: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
 @intrinsic
 def _spin(typingctx, kernel, codes, x, sums):
     """sums[t, k] += codes[k] . x[t, step % COLUMNS], STEPS times: addresses of `operands`."""
-
-    chosen = kernel_of(kernel)
-
-    def codegen(context, builder, signature, args):
-        if chosen:
-            _spin_with(builder, chosen, *args[1:])
-        return context.get_dummy_value()
-
-    return types.void(kernel, *[types.int64] * 3), codegen
+    return for_kernel(_spin_with, kernel, 3)
 
 
 def _spin_with(builder, kernel, codes, x, sums):

@@ -35,7 +35,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 from llvmlite import ir
-from numba import carray, types
+from numba import carray
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -65,9 +65,9 @@ from bitnet_edu.kernels.simd import (
     INT64,
     KERNELS,
     STEP,
-    kernel_of,
+    for_kernel,
     load_any,
-    prefetch_line,
+    prefetch_ahead,
     store,
     sum_lanes,
 )
@@ -234,14 +234,7 @@ def _two_dots(typingctx, kernel, codes, q, hidden, steps, sums, ahead):
     codes, q, sums: addresses of int8[64 * steps], of int8[2, hidden], of int32[2]. ahead: as in
     simd.py.
     """
-    chosen = kernel_of(kernel)
-
-    def codegen(context, builder, signature, args):
-        if chosen:
-            _two_dots_with(builder, chosen, *args[1:])
-        return context.get_dummy_value()
-
-    return types.void(kernel, *[types.int64] * 6), codegen
+    return for_kernel(_two_dots_with, kernel, 6)
 
 
 def _two_dots_with(builder, kernel, codes, q, hidden, steps, sums, ahead):
@@ -250,8 +243,7 @@ def _two_dots_with(builder, kernel, codes, q, hidden, steps, sums, ahead):
     totals = [cgutils.alloca_once_value(builder, zero) for _ in range(2)]
     with cgutils.for_range(builder, steps, intp=INT64) as loop:
         first = builder.mul(loop.index, INT64(STEP))
-        with builder.if_then(builder.icmp_signed("!=", ahead, INT64(0))):
-            prefetch_line(builder, builder.add(codes, builder.add(first, ahead)))
+        prefetch_ahead(builder, builder.add(codes, first), ahead)
         for part in range(0, STEP, kernel.width):
             column = builder.add(first, INT64(part))
             code = load_any(builder, builder.add(codes, column), bytes_)

@@ -142,9 +142,24 @@ def kernel_type(name: str) -> tuple[int, ...]:
 
 
 def kernel_of(type_: types.BaseTuple) -> Kernel | None:
-    """The kernel that such a tuple stands for; None if it is empty, or cannot run here."""
-    named = dict(enumerate(KERNELS, 1)).get(len(type_))
+    """The kernel that such a tuple stands for; None if it cannot run here."""
+    named = list(KERNELS)[len(type_) - 1]
     return KERNELS[named] if named in supported_kernels() else None
+
+
+def for_kernel(write: Callable, kernel: types.BaseTuple, numbers: int) -> tuple:
+    """What an intrinsic of a kernel and `numbers` integers returns; `write` writes its code.
+
+    For a kernel that cannot run here it does nothing.
+    """
+    chosen = kernel_of(kernel)
+
+    def codegen(context, builder, signature, args):
+        if chosen:
+            write(builder, chosen, *args[1:])
+        return context.get_dummy_value()
+
+    return types.void(kernel, *[types.int64] * numbers), codegen
 
 
 # --- From a vector of packed bytes to vectors of codes ----------------------------------------
@@ -205,8 +220,7 @@ def _multiply_row(
     out + 4 * (token * out_token + k * out_row) for each k * out_row < outputs. ahead: bytes that
     memory is asked for ahead of their use, or 0.
     """
-
-    chosen, decode = kernel_of(kernel), DECODE[len(packing)]
+    chosen, digits = kernel_of(kernel), len(packing)
 
     def codegen(context, builder, signature, args):
         _, _, tile, *args = args
@@ -215,28 +229,26 @@ def _multiply_row(
             with builder.if_else(many) as branches:
                 for branch, tokens in zip(branches, (chosen.tokens, 1), strict=True):
                     with branch:
-                        _row(builder, chosen, decode, tokens, *args)
+                        _row(builder, chosen, digits, tokens, *args)
         return context.get_dummy_value()
 
     return types.void(kernel, packing, *[types.int64] * 11), codegen
 
 
 def _row(
-    builder, kernel, decode, tokens, weights, x, x_stride, steps, x_sums, ahead,
+    builder, kernel, digits, tokens, weights, x, x_stride, steps, x_sums, ahead,
     out, out_token, out_row, outputs,
 ):  # fmt: skip
     """Write the code of `_multiply_row` for one kernel, packing and number of tokens."""
     bytes_, zero = _vector(INT8, kernel.width), _splat(_vector(INT32, kernel.sums), 0)
-
-    digits = 4 if decode is _two_bits else 5
+    decode = DECODE[digits]
     by_pairs = kernel.matrix and tokens > 1
     places = pairs(tokens, digits) if by_pairs else singles(tokens, digits)
     sums = [cgutils.alloca_once_value(builder, zero) for _ in places]
     with cgutils.for_range(builder, steps, intp=INT64) as loop:
         first = builder.mul(loop.index, INT64(STEP))
         if tokens == 1:  # else arithmetic is the limit
-            with builder.if_then(builder.icmp_signed("!=", ahead, INT64(0))):
-                prefetch_line(builder, builder.add(weights, builder.add(first, ahead)))
+            prefetch_ahead(builder, builder.add(weights, first), ahead)
         for part in range(0, STEP, kernel.width):
             column = builder.add(first, INT64(part))
             codes = decode(builder, kernel, load_any(builder, builder.add(weights, column), bytes_))
@@ -376,18 +388,12 @@ def _multiply_codes(typingctx, kernel, codes, x, x_stride, steps, x_sums, out, o
     int8[wide, 64 * steps] whose rows lie x_stride apart, of int32[wide] their sums; writes int32 at
     out + 4 * (token * out_token + row).
     """
-
-    chosen = kernel_of(kernel)
-
-    def codegen(context, builder, signature, args):
-        if chosen and chosen.wide:
-            _tile(builder, chosen, *args[1:])
-        return context.get_dummy_value()
-
-    return types.void(kernel, *[types.int64] * 7), codegen
+    return for_kernel(_tile, kernel, 7)
 
 
 def _tile(builder, kernel, codes, x, x_stride, steps, x_sums, out, out_token):
+    if not kernel.wide:
+        return
     bytes_, sums_ = _vector(INT8, kernel.width), _vector(INT32, kernel.sums)
     group = kernel.width // kernel.sums
     number = ir.IntType(8 * group)
@@ -428,6 +434,13 @@ def prefetch_line(builder: ir.IRBuilder, address: ir.Value) -> None:
     """Ask for a cache line, to be read soon; nothing happens at an address that isn't there."""
     place = builder.inttoptr(address, INT8.as_pointer())
     _call(builder, "llvm.prefetch.p0", ir.VoidType(), place, INT32(0), INT32(3), INT32(1))
+
+
+def prefetch_ahead(builder: ir.IRBuilder, place: ir.Value, ahead: ir.Value, size: int = 64) -> None:
+    """Ask for the `size` bytes that lie `ahead` bytes further on; for nothing if that is 0."""
+    with builder.if_then(builder.icmp_signed("!=", ahead, INT64(0))):
+        for line in range(0, size, 64):
+            prefetch_line(builder, builder.add(builder.add(place, ahead), INT64(line)))
 
 
 @intrinsic
