@@ -220,6 +220,22 @@ def build_parser() -> argparse.ArgumentParser:
     add_head(verb)
     add_json(verb)
 
+    verb = add_verb(
+        verbs,
+        evaluate,
+        "bitnet-edu evaluate",
+        "bitnet-edu evaluate path/to/model --questions 20 --json",
+    )
+    add_model(verb)
+    verb.add_argument(
+        "--questions",
+        type=int,
+        default=200,
+        metavar="N",
+        help="at most, of every category (default 200)",
+    )
+    add_json(verb)
+
     add_json(add_verb(verbs, doctor, "bitnet-edu doctor"))
     return parser
 
@@ -489,6 +505,40 @@ def bench(args: argparse.Namespace) -> int:
     else:
         console().print(render(result))
     return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Let a model sit the embedded model's exam: questions and sums that it was never trained on.
+
+    Also what strangers typed, and prompts from outside of its world, where the right answer says
+    that it does not know. Whatever the MODEL, the questions are those of tiny's world. On stderr:
+    how far it is. In the JSON object each figure has its number of trials.
+    """
+    import bitnet_edu
+    from bitnet_edu.training.evaluate import evaluate as sit
+    from bitnet_edu.training.evaluate import render, require_questions
+
+    require_questions(args.questions)
+    model = bitnet_edu.load(args.model, ternarize=args.ternarize)
+    figures = sit(model, args.questions, progress_line).figures
+    if args.json:
+        print_json({"model": args.model, **figures})
+    else:
+        console().print(render(figures, args.model))
+    return 0
+
+
+def progress_line(what: str, done: int, total: int) -> None:
+    """On stderr: in a terminal a line that is written over, elsewhere one line when all is done."""
+    live = sys.stderr.isatty()
+    if live or done == total:
+        line = f"{what.replace('_', ' ')}: {done} of {total}"
+        print(
+            f"\r{line}" if live else line,
+            end="" if live and done < total else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -64,8 +64,7 @@ def main() -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     report = write_report(options.out, facts)
-    everything = report["accuracy"]["all"]
-    print(f"{everything['right']} of {everything['asked']} held-out questions answered right")
+    print(f"{report['question_accuracy']:.1%} of the held-out questions answered right")
 
 
 if __name__ == "__main__":
