@@ -20,7 +20,7 @@ from bitnet_edu import cli, doctor
 from bitnet_edu.proof import report, transformers
 from bitnet_edu.terminal import Terminal
 
-VERBS = ["chat", "generate", "verify", "info", "doctor"]
+VERBS = ["chat", "generate", "verify", "info", "evaluate", "doctor"]
 
 
 def run(
@@ -95,6 +95,7 @@ MISTAKES = {
     "a prompt past the context": ["generate", "--prompt", "word " * 3000],
     "more tokens than the context": ["verify", "--tokens", "100000"],
     "no tokens": ["verify", "--tokens", "0"],
+    "no questions": ["evaluate", "--questions", "0"],
     "a seed that is none": ["chat", "--seed", "x"],
 }
 
@@ -119,12 +120,14 @@ def test_a_damaged_model_gets_one_line_and_status_2(tmp_path, verb):
     assert "model.norm.weight must be finite, found NaN" in line
 
 
-def test_a_model_without_text_says_so(tmp_path):
+@pytest.mark.parametrize("verb", [["generate", "--prompt", "x"], ["evaluate"]])
+def test_a_model_without_text_says_so(tmp_path, verb):
     write(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    result = run("generate", str(tmp_path), "--prompt", "x")
-    assert result.returncode == 2
-    assert "tokenizer.json" in result.stderr
+    result = run(verb[0], str(tmp_path), *verb[1:])
+    assert (result.returncode, result.stdout) == (2, "")
+    [line] = result.stderr.splitlines()
+    assert "tokenizer.json" in line
 
 
 def test_out_of_memory_and_a_full_disk_are_no_tracebacks(capsys, monkeypatch):
@@ -282,6 +285,30 @@ def test_info_prints_tables_without_colours():
 
 
 # doctor
+
+
+FIGURES = ("held_out_loss", "question_accuracy", "addition_accuracy", "stranger_accuracy")
+FIGURES += ("refusal_rate", "unrelated_answers")
+
+
+def test_evaluate_as_json_and_as_tables():
+    result = run("evaluate", "--questions", "1", "--json")
+    assert result.returncode == 0
+    assert result.stdout.count("\n") == 1
+    figures = json.loads(result.stdout)
+    assert figures["model"] == "tiny"
+    assert list(figures["trials"]) == list(FIGURES)
+    assert 0 < figures["held_out_loss"] < 1
+    assert all(0 <= figures[name] <= 1 for name in FIGURES[1:])
+    assert figures["trials"]["addition_accuracy"] == 2
+    assert figures["stranger"]["memory"]["asked"] == 1
+    assert "\nsums: 2 of 2\n" in result.stderr  # no terminal: a line when a part is done
+
+    tables = run("evaluate", "--questions", "1")
+    assert tables.returncode == 0
+    assert "\x1b" not in tables.stdout
+    assert re.search(rf"refusal rate +{figures['refusal_rate']:.1%} +10 answers", tables.stdout)
+    assert "world of the embedded model" in tables.stdout
 
 
 def test_doctor_finds_this_machine_ready(capsys, monkeypatch):

@@ -159,12 +159,17 @@ def mark(question: Question | StrangerQuestion, reply: str) -> str:
 
 
 def says(question: StrangerQuestion, key: str, reply: str) -> bool:
-    """Whether `key` stands in the reply as whole words; a number to be found out, at its end."""
+    """Whether `key` stands in the reply as whole words; a number or a letter that is to be found
+    out, as the last of its kind."""
     reply = SPELLED.sub(" ", reply).replace("−", "-")
     if question.category in ("letters", *SUMS):
         numbers = NUMBER.findall(re.sub(r"\bis minus (?=\d)", "is -", reply))
         if numbers and NUMBER.fullmatch(key):
             return numbers[-1] == key
+    if question.category == "letters" and len(key) == 1:
+        spelled = re.compile(r"\b[a-z](?: [a-z]\b){2,}")
+        letters = re.findall(r"\b[a-z]\b", spelled.sub("", reply.lower()))
+        return letters[-1:] == [key]
     return re.search(rf"(?<!\w){re.escape(key)}(?!\w)", reply, re.IGNORECASE) is not None
 
 

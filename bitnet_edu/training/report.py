@@ -59,8 +59,8 @@ Sums and differences of two-digit numbers that were never trained on, in two wor
 
 {sums}
 
-What strangers typed, written down before this model was trained and hidden from those who wrote
-the corpus (`bitnet_edu/training/exam`):
+What strangers typed, written by hand and not looked at by those who wrote the corpus
+(`bitnet_edu/training/exam`):
 
 {stranger}
 
