@@ -20,7 +20,7 @@ book: $(READY)
 test: book
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
-	$(BIN)/pytest --durations=10 tests
+	$(BIN)/pytest -n 2 --dist loadfile --durations=10 tests
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
