@@ -291,18 +291,28 @@ def write_folder(
     size = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors) + 2**24
     with all_or_nothing(folder, size) as new:
         new.mkdir()
-        raw = config_json(config, tied=weights.tied, scheme=scheme)
-        raw["dtype"] = max(tensors, key=lambda tensor: tensor.dtype.itemsize).dtype.name
-        write_json(new / "config.json", raw)
-        _write_tensors(new / SINGLE, tensors)
+        write_model(new, config, tensors, scheme, tied=weights.tied)
         if tokenizer_from:
-            _copy_tokenizer(tokenizer_from, new)
+            copy_tokenizer(tokenizer_from, new)
         elif tokenizer:
-            _write_tokenizer(new, config, tokenizer)
+            write_tokenizer(new, config, tokenizer)
 
 
-def _write_tensors(path: Path, tensors: list[Tensor]) -> None:
-    header = safetensors_header(tensors)
+def write_model(
+    folder: Path, config: BitNetConfig, tensors: list[Tensor], scheme: str, *, tied: bool
+) -> None:
+    """config.json and model.safetensors, into a folder that is there."""
+    raw = config_json(config, tied=tied, scheme=scheme)
+    raw["dtype"] = max(tensors, key=lambda tensor: tensor.dtype.itemsize).dtype.name
+    write_json(folder / "config.json", raw)
+    write_tensors(folder / SINGLE, tensors)
+
+
+def write_tensors(path: Path, tensors: list[Tensor], notes: dict[str, str] | None = None) -> None:
+    """A safetensors file, tensor by tensor. notes: the texts in its header; transformers wants to
+    see the one that stands there by default.
+    """
+    header = safetensors_header(tensors, notes)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors:
@@ -326,12 +336,12 @@ def file_tensors(weights: Weights, scheme: str = "multiply") -> list[Tensor]:
     return sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
 
 
-def safetensors_header(tensors: list[Tensor]) -> bytes:
+def safetensors_header(tensors: list[Tensor], notes: dict[str, str] | None = None) -> bytes:
     """The JSON that names each tensor's dtype, shape and place; before it come 8 bytes of length.
 
     The safetensors library writes the same, but wants all tensors in memory at once.
     """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header, end = {"__metadata__": notes or {"format": "pt"}}, 0
     for name, dtype, shape, _ in tensors:
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         entry = {"dtype": DTYPE_NAMES[dtype.name], "shape": shape, "data_offsets": [begin, end]}
@@ -428,13 +438,13 @@ def _bf16_below(value: float) -> np.ndarray:
     return nearest if float(nearest) <= value else np.nextafter(nearest, BF16(0))
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
 
 
-def _write_tokenizer(folder: Path, config: BitNetConfig, tokenizer: Tokenizer) -> None:
+def write_tokenizer(folder: Path, config: BitNetConfig, tokenizer: Tokenizer) -> None:
     # not with the library's own save, which tells a full disk by a bare Exception
     (folder / "tokenizer.json").write_text(tokenizer.backend.to_str(pretty=True), encoding="utf-8")
     about = {

@@ -12,9 +12,16 @@ from pathlib import Path
 import torch
 
 from bitnet_edu.training.export import export
-from bitnet_edu.training.model import BitNetForTraining, ModelShape
+from bitnet_edu.training.model import BitNetForTraining, ModelShape, new_model
 from bitnet_edu.training.report import write_report
-from bitnet_edu.training.train import Progress, Recipe, held_out_loss, new_tokenizer, train
+from bitnet_edu.training.train import (
+    Progress,
+    Recipe,
+    held_out_loss,
+    new_tokenizer,
+    own_corpus,
+    train,
+)
 
 QUICK_SHAPE = ModelShape(
     vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=2
@@ -52,7 +59,8 @@ def main() -> None:
             print(f"held-out loss {held_out_loss(model, tokenizer):.4f}, saved to {options.out}")
 
     start = time.perf_counter()
-    model = train(shape, recipe, tokenizer, after_step, options.compile)
+    model = new_model(shape, options.seed)
+    train(model, recipe, tokenizer, own_corpus(options.seed), after_step, compiled=options.compile)
     minutes = (time.perf_counter() - start) / 60
     export(model, tokenizer, options.out)
     facts = {

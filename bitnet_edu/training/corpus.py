@@ -10,7 +10,7 @@ place.
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bitnet_edu.training import words
@@ -683,11 +683,10 @@ def plain_text(rng: random.Random) -> str:
     return " ".join(rng.choice(known.answers[:1]) for known in rng.sample(FACTS, 3))
 
 
-def training_documents(seed: int) -> Iterator[list[Message] | str]:
-    """An endless stream of dialogues, one in twenty a plain text."""
-    rng = random.Random(seed)
-    while True:
-        yield plain_text(rng) if rng.random() < 0.05 else dialogue(rng)
+def document(seed: int, index: int) -> list[Message] | str:
+    """Document number `index` of an endless corpus: a chat, one in twenty a plain text."""
+    rng = random.Random(f"{seed}/{index}")
+    return plain_text(rng) if rng.random() < 0.05 else dialogue(rng)
 
 
 def held_out_questions(per_category: int, seed: int = 0) -> list[Question]:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+IGNORED = -1  # the target of a token that the loss does not count
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -64,19 +66,26 @@ class StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-def quantize_input(x: Tensor) -> Tensor:
-    """What a BitLinear layer sees of its input: int8 values, with a straight-through gradient."""
-    return StraightThrough.apply(x, fake_quantize_activation)
+def straight_through(x: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
+    return StraightThrough.apply(x, quantize)
 
 
 class BitLinear(nn.Linear):
-    """A linear layer without bias and with ternary weights, for inputs from `quantize_input`."""
+    """A linear layer without bias whose forward pass sees int8 inputs and ternary weights.
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    What is stored and trained are the master weights, float[out, in]. `ternary=False` makes an
+    ordinary linear layer of the same name, shape and start.
+    """
+
+    def __init__(self, in_features: int, out_features: int, ternary: bool = True) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.ternary = ternary
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, StraightThrough.apply(self.weight, fake_quantize_weight))
+        if not self.ternary:
+            return F.linear(x, self.weight)
+        weight = straight_through(self.weight, fake_quantize_weight)
+        return F.linear(straight_through(x, fake_quantize_activation), weight)
 
 
 class RMSNorm(nn.Module):
@@ -108,19 +117,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query attention with an RMSNorm (SubLN) before the output projection."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, ternary: bool) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
         kv_size = shape.num_key_value_heads * shape.head_dim
-        self.q_proj = BitLinear(shape.hidden_size, shape.hidden_size)
-        self.k_proj = BitLinear(shape.hidden_size, kv_size)
-        self.v_proj = BitLinear(shape.hidden_size, kv_size)
-        self.o_proj = BitLinear(shape.hidden_size, shape.hidden_size)
+        self.q_proj = BitLinear(shape.hidden_size, shape.hidden_size, ternary)
+        self.k_proj = BitLinear(shape.hidden_size, kv_size, ternary)
+        self.v_proj = BitLinear(shape.hidden_size, kv_size, ternary)
+        self.o_proj = BitLinear(shape.hidden_size, shape.hidden_size, ternary)
         self.attn_sub_norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        x = quantize_input(x)
         q, k, v = (
             proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -133,30 +141,29 @@ class Attention(nn.Module):
         shares = scores.softmax(-1).view(batch, groups, -1, length)
         heads = (shares.to(v.dtype) @ v).view(batch, -1, length, self.head_dim)
         heads = heads.transpose(1, 2).reshape(batch, length, -1)
-        return self.o_proj(quantize_input(self.attn_sub_norm(heads)))
+        return self.o_proj(self.attn_sub_norm(heads))
 
 
 class MLP(nn.Module):
     """Gated squared ReLU with an RMSNorm (SubLN) before the down projection."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, ternary: bool) -> None:
         super().__init__()
-        self.gate_proj = BitLinear(shape.hidden_size, shape.intermediate_size)
-        self.up_proj = BitLinear(shape.hidden_size, shape.intermediate_size)
-        self.down_proj = BitLinear(shape.intermediate_size, shape.hidden_size)
+        self.gate_proj = BitLinear(shape.hidden_size, shape.intermediate_size, ternary)
+        self.up_proj = BitLinear(shape.hidden_size, shape.intermediate_size, ternary)
+        self.down_proj = BitLinear(shape.intermediate_size, shape.hidden_size, ternary)
         self.ffn_sub_norm = RMSNorm(shape.intermediate_size, shape.rms_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = quantize_input(x)
         gate = F.relu(self.gate_proj(x)).square()
-        return self.down_proj(quantize_input(self.ffn_sub_norm(gate * self.up_proj(x))))
+        return self.down_proj(self.ffn_sub_norm(gate * self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, ternary: bool) -> None:
         super().__init__()
-        self.self_attn = Attention(shape)
-        self.mlp = MLP(shape)
+        self.self_attn = Attention(shape, ternary)
+        self.mlp = MLP(shape, ternary)
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
 
@@ -166,20 +173,27 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, ternary: bool) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(shape.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(shape, ternary) for _ in range(shape.num_hidden_layers)
+        )
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
 
 
 class BitNetForTraining(nn.Module):
-    """The whole model; the output head is the embedding matrix (tied)."""
+    """The whole model; the output head is the embedding matrix (tied).
 
-    def __init__(self, shape: ModelShape) -> None:
+    `ternary=False` makes its full-precision twin: the same modules, names and start weights, and
+    nothing is quantized, neither weights nor activations.
+    """
+
+    def __init__(self, shape: ModelShape, ternary: bool = True) -> None:
         super().__init__()
         self.shape = shape
-        self.model = Decoder(shape)
+        self.ternary = ternary
+        self.model = Decoder(shape, ternary)
         cos, sin = rope_tables(shape, shape.max_position_embeddings)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -197,17 +211,34 @@ class BitNetForTraining(nn.Module):
 
         `mask` bool[B, 1, T, T] says which key each query may see; None means causal.
         """
-        length = ids.shape[1]
+        length, device = ids.shape[1], ids.device.type
         if mask is None:
-            mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+            mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=ids.device).tril()
         cos, sin = self.cos[:length], self.sin[:length]
         x = self.model.embed_tokens(ids)
-        dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
-        bias = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -1e4)
+        dtype = torch.bfloat16 if torch.is_autocast_enabled(device) else x.dtype
+        bias = torch.zeros(mask.shape, dtype=dtype, device=ids.device).masked_fill(~mask, -1e4)
         for layer in self.model.layers:
             x = layer(x, cos, sin, bias)
         return self.model.norm(x)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """int64[B, T] -> logits float[B, T, vocab]."""
-        return F.linear(self.hidden_states(ids, mask), self.model.embed_tokens.weight)
+    def forward(
+        self, ids: Tensor, mask: Tensor | None = None, targets: Tensor | None = None
+    ) -> Tensor:
+        """int64[B, T] -> logits float[B, T, vocab].
+
+        With `targets` int64[B, T] -> the loss instead, float32[]: the cross-entropy in nats, summed
+        over the tokens whose target is not IGNORED.
+        """
+        hidden, head = self.hidden_states(ids, mask), self.model.embed_tokens.weight
+        if targets is None:
+            return F.linear(hidden, head)
+        counts = targets != IGNORED  # only there the large product with the head is needed
+        logits = F.linear(hidden[counts], head).float()
+        return F.cross_entropy(logits, targets[counts], reduction="sum")
+
+
+def new_model(shape: ModelShape, seed: int = 0, ternary: bool = True) -> BitNetForTraining:
+    """A model at its start; the same seed gives a BitNet and its twin the same master weights."""
+    torch.manual_seed(seed)
+    return BitNetForTraining(shape, ternary)

@@ -2,7 +2,6 @@
 
 import random
 import re
-from itertools import islice
 
 import pytest
 
@@ -11,7 +10,7 @@ from bitnet_edu.training.facts import FACTS
 
 
 def training_chats(seed: int, count: int) -> list:
-    return list(islice(corpus.training_documents(seed), count))
+    return [corpus.document(seed, index) for index in range(count)]
 
 
 def test_same_seed_same_corpus() -> None:

@@ -1,7 +1,8 @@
 """Batches, the schedule, and a whole quick training from corpus to exported folder."""
 
+import json
+import re
 import shutil
-from itertools import islice
 
 import pytest
 import torch
@@ -9,18 +10,28 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitnet_edu import load
+from bitnet_edu.errors import InputError
+from bitnet_edu.tokenizer import BITNET_CHAT_TEMPLATE, Tokenizer
 from bitnet_edu.training.corpus import held_out_questions
-from bitnet_edu.training.data import IGNORED, encode, exam_batch, training_batches
+from bitnet_edu.training.data import (
+    IGNORED,
+    Batches,
+    chat_pieces,
+    encode,
+    exam_batch,
+    finite_batches,
+)
 from bitnet_edu.training.evaluate import ask
 from bitnet_edu.training.export import export
-from bitnet_edu.training.model import BitNetForTraining, ModelShape
-from bitnet_edu.training.tokenizer import END, END_OF_TURN, save_tokenizer
+from bitnet_edu.training.model import BitNetForTraining, ModelShape, new_model
+from bitnet_edu.training.tokenizer import BEGIN, END, END_OF_TURN
 from bitnet_edu.training.train import (
     Recipe,
-    batch_loss,
     held_out_loss,
     learning_rate,
+    mean_loss,
     new_tokenizer,
+    own_corpus,
     train,
     weight_decay,
 )
@@ -63,21 +74,65 @@ def test_only_the_assistant_counts(tokenizer) -> None:
     )
 
 
+def batches(tokenizer, seed: int = 1) -> Batches:
+    return Batches(own_corpus(seed), tokenizer, rows=8, length=128, long_every=6)
+
+
 def test_batches_are_packed_and_repeatable(tokenizer) -> None:
-    first, second = (list(islice(training_batches(tokenizer, 1, 8, 128), 6)) for _ in range(2))
+    first, second = ([next(b) for _ in range(6)] for b in (batches(tokenizer), batches(tokenizer)))
     assert [b.ids.shape for b in first] == [(8, 128)] * 5 + [(2, 512)]
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one.ids, other.ids)
         assert torch.equal(one.mask, other.mask)
-    begin = tokenizer.token_to_id("<|begin_of_text|>")
+    begin = tokenizer.token_id("<|begin_of_text|>")
     seen = first[0].mask[0, 0].sum(-1)  # every query sees its document up to itself
     starts = (first[0].ids[0] == begin).nonzero()[:, 0]
     assert (seen[starts] == 1).all()
     assert first[0].mask.triu(1).sum() == 0
 
 
+@pytest.mark.parametrize("number", [0, 1, 5, 6, 17])
+def test_batches_go_on_from_a_few_numbers(tokenizer, number) -> None:
+    whole, resumed = batches(tokenizer), batches(tokenizer)
+    for _ in range(number):
+        next(whole)
+    resumed.restore(json.loads(json.dumps(whole.state())))
+    for _ in range(7):
+        one, other = next(whole), next(resumed)
+        assert torch.equal(one.ids, other.ids)
+        assert torch.equal(one.targets, other.targets)
+        assert torch.equal(one.mask, other.mask)
+
+
+def test_every_document_is_used_once(tokenizer) -> None:
+    documents = [f"Document {number}." for number in range(300)]
+    text = "".join(
+        tokenizer.decode(batch.ids[row].tolist())
+        for batch in finite_batches(documents, tokenizer, 4, 64)
+        for row in range(4)
+    )
+    assert sorted(re.findall(r"Document \d+\.", text)) == sorted(documents)
+
+
+def test_documents_that_never_fit_are_an_error(tokenizer) -> None:
+    stream = Batches(lambda number: "word " * 500, tokenizer, 4, 16, long_every=0)
+    with pytest.raises(InputError, match="at most 16 tokens: use longer rows"):
+        next(stream)
+
+
+def test_the_fast_template_equals_the_real_one(tokenizer) -> None:
+    """And a template in other words, which only Jinja knows, is followed, too."""
+    slow = Tokenizer(tokenizer.backend, BITNET_CHAT_TEMPLATE + "{# #}", BEGIN, END)
+    for number in range(50):
+        chat = own_corpus(2)(number)
+        if not isinstance(chat, str):
+            assert list(chat_pieces(tokenizer, chat)) == list(chat_pieces(slow, chat))
+            pieces = "".join(text for text, _ in chat_pieces(tokenizer, chat))
+            assert pieces == tokenizer.chat_text(chat, add_generation_prompt=False)
+
+
 def test_chat_encodes_to_the_same_tokens_whole_or_in_turns(tokenizer, tmp_path) -> None:
-    save_tokenizer(tokenizer, tmp_path, 512)
+    export(BitNetForTraining(SHAPE), tokenizer, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     prompt = theirs.apply_chat_template(CHAT[:1], add_generation_prompt=True).input_ids
     for content in (CHAT[1]["content"], "It is the scale."):
@@ -95,7 +150,7 @@ def test_chat_encodes_to_the_same_tokens_whole_or_in_turns(tokenizer, tmp_path) 
 def test_an_export_that_is_stopped_leaves_no_half_model(tokenizer, tmp_path, monkeypatch, there):
     """At each of its files, in a new folder and in one with an older model."""
     model, folder = BitNetForTraining(SHAPE), tmp_path / "model"
-    steps = ("save", "config_json", "generation_config_json", "save_tokenizer")
+    steps = ("file_tensors", "write_model", "generation_config", "write_tokenizer")
     for step in steps:
         shutil.rmtree(folder, ignore_errors=True)
         if there:
@@ -110,7 +165,7 @@ def test_an_export_that_is_stopped_leaves_no_half_model(tokenizer, tmp_path, mon
             assert load(str(folder)).tokenizer.bos_token == "<|begin_of_text|>"
     export(model, tokenizer, folder)
     assert load(str(folder)).config.eos_token_ids == tuple(
-        tokenizer.token_to_id(token) for token in (END, END_OF_TURN)
+        tokenizer.token_id(token) for token in (END, END_OF_TURN)
     )
     assert (folder / "training_report.json").exists() == there
 
@@ -122,15 +177,20 @@ def stop(*args, **options) -> None:
 def test_quick_training_learns_and_exports(tokenizer, tmp_path) -> None:
     losses = []
     recipe = Recipe(steps=60, rows=16, length=64, warmup=10, peak_rates=(4e-3, 2e-3))
-    model = train(SHAPE, recipe, tokenizer, lambda model, progress: losses.append(progress.loss))
+    model = train(
+        new_model(SHAPE),
+        recipe,
+        tokenizer,
+        own_corpus(0),
+        lambda model, progress: losses.append(progress.loss),
+    )
     assert len(losses) == 60
     assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
 
     export(model, tokenizer, tmp_path)
     batch = exam_batch(tokenizer, rows=8)
     exported = loss_of(tmp_path, batch)
-    with torch.no_grad():
-        trained = batch_loss(model, batch).item()
+    trained = mean_loss(model, [batch])
     # scales, norms and embedding were rounded to bf16, and nothing else changed
     assert exported == pytest.approx(trained, rel=0.01)
     assert held_out_loss(model, tokenizer, rows=8) < losses[0]
