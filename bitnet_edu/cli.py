@@ -236,6 +236,38 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_json(verb)
 
+    verb = add_verb(
+        verbs,
+        train,
+        "bitnet-edu train facts.jsonl --from tiny --out my-tiny",
+        "bitnet-edu train diary.txt --out diary --steps 2000",
+        "bitnet-edu train --out small --steps 500 --json",
+        "torchrun --nproc-per-node 2 -m bitnet_edu.cli train diary.txt --out diary",
+    )
+    corpus = "a UTF-8 text file, or JSONL (default: the book's own corpus)"
+    verb.add_argument("corpus", nargs="?", metavar="CORPUS", help=corpus)
+    verb.add_argument("--out", required=True, metavar="FOLDER", help="a new folder for the model")
+    start = "start from this MODEL: its weights, shape and tokenizer (default: random weights)"
+    verb.add_argument("--from", dest="start", metavar="MODEL", help=start)
+    steps = "batches to learn from (default 1000; 250 with --from)"
+    verb.add_argument("--steps", type=int, metavar="N", help=steps)
+    rows = "in a batch (default: as many as make 2048 tokens)"
+    verb.add_argument("--rows", type=int, metavar="N", help=rows)
+    length = "tokens in a row (default: 128, or what the longest conversation needs)"
+    verb.add_argument("--length", type=int, metavar="N", help=length)
+    share = "share of the documents that is never learned, to measure with (default 0.1)"
+    verb.add_argument("--held-out", type=float, metavar="SHARE", help=share)
+    rate = "its peak (default 0.002; 0.001 with --from)"
+    verb.add_argument("--learning-rate", type=float, metavar="RATE", help=rate)
+    verb.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
+    verb.add_argument("--threads", type=int, metavar="N", help="default: torch's choice")
+    verb.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is"
+    )
+    resume = "go on with the training of these same options that was cut off"
+    verb.add_argument("--resume", action="store_true", help=resume)
+    add_json(verb)
+
     add_json(add_verb(verbs, doctor, "bitnet-edu doctor"))
     return parser
 
@@ -539,6 +571,42 @@ def progress_line(what: str, done: int, total: int) -> None:
             file=sys.stderr,
             flush=True,
         )
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train a BitNet on a text or on conversations of your own, from random weights or a model.
+
+    CORPUS is a text file, whose paragraphs are documents (those too long for a row are cut), or a
+    JSONL file: on each line {"messages": [{"role": ..., "content": ...}, ...]}, {"prompt": ...,
+    "response": ...} or {"text": ...}. Of a conversation only the assistant's words are learned. A
+    share of the documents is held out, and the loss on it measured before and after. --from tiny
+    mixes in tiny's own corpus, so that it forgets nothing.
+
+    FOLDER holds a checkpoint and the log training.csv while it runs, at the end the model: for
+    chat, convert, verify, and for transformers. Needs torch (the extra `verify`).
+    """
+    try:
+        from bitnet_edu.training.job import Job, train_job
+    except ImportError as error:
+        message = f"training needs torch ({error}): pip install 'bitnet-edu[verify]'"
+        raise InputError(message) from None
+    names = set(Job.__dataclass_fields__)
+    options = {name: value for name, value in vars(args).items() if name in names}
+    options |= {"out": Path(args.out), "corpus": None if args.corpus is None else Path(args.corpus)}
+    try:
+        result = train_job(Job(**options))
+    except KeyboardInterrupt:
+        print("\nstopped: the same command with --resume goes on", file=sys.stderr)
+        raise
+    if not result.pop("is_first"):
+        return 0  # another process of torchrun speaks
+    if args.json:
+        print_json(result)
+        return 0
+    print(f"held-out loss {result['held_out_loss_before']:.3f} before,", end=" ")
+    print(f"{result['held_out_loss_after']:.3f} after {result['steps']} steps")
+    print(f"talk to it: bitnet-edu chat {result['out']}")
+    return 0
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -91,7 +91,7 @@ def read_folder(folder: Path, ternarize: bool = False) -> tuple[BitNetConfig, We
     config = parse_config(raw, path, read_json(folder / "generation_config.json", {}))
     scheme = parse_scheme(raw, path, ternarize)
     refuse_wide(path, config)
-    tensors = _open(folder)
+    tensors = open_folder(folder)
     layers = tuple(_read_layer(tensors, config, i, scheme) for i in range(config.num_hidden_layers))
     norm = tensors.norm("model.norm.weight", config.hidden_size)
     # like transformers: where the two are tied, one may be left out, and what is stored is used
@@ -104,7 +104,7 @@ def read_folder(folder: Path, ternarize: bool = False) -> tuple[BitNetConfig, We
     return config, Weights(embedding, layers, norm, head[0] if head else embedding)
 
 
-def _open(folder: Path) -> Tensors:
+def open_folder(folder: Path) -> Tensors:
     """The tensors of a folder's file or files."""
     shards = _shards(folder)
     tensors = Tensors(folder / INDEX if len(shards) > 1 else next(iter(shards)))
@@ -378,7 +378,7 @@ def _matrices(weights: Weights, scheme: str) -> Iterator[Tensor]:
             matrix, name = getattr(layer, field), f"model.layers.{index}.{name}.weight"
             rows, columns = matrix.shape
             if scheme == "master":
-                make = partial(_master, name, matrix)
+                make = partial(master_of, name, matrix)
                 yield Tensor(name, np.dtype(BF16), (rows, columns), make)
             elif scheme == "base3":
                 make = partial(_in_base3, matrix)
@@ -393,7 +393,8 @@ def _in_base3(matrix: TernaryMatrix) -> np.ndarray:
     return matrix.packed
 
 
-def _master(name: str, matrix: TernaryMatrix) -> np.ndarray:
+def master_of(name: str, matrix: TernaryMatrix) -> np.ndarray:
+    """`master_weights` of a matrix; CheckpointError, which names it, where there are none."""
     try:
         return master_weights(matrix.codes(), matrix.scale)
     except ValueError as error:

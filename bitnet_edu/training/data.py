@@ -198,11 +198,13 @@ def long_chat(documents: Documents, number: int) -> Document:
 def finite_batches(
     documents: list[Document], tokenizer: Tokenizer, rows: int, length: int
 ) -> list[Batch]:
-    """All of these documents, once: the batches of a held-out loss."""
+    """All of these documents, once: the batches of a held-out loss. InputError if none fits."""
     stream = Stream(documents.__getitem__, tokenizer, length, len(documents))
     batches = []
     while (batch := stream.batch(rows, length)).counted:
         batches.append(batch)
+    if not batches:
+        raise InputError(f"no held-out document has at most {length} tokens: use longer rows")
     return batches
 
 

@@ -194,9 +194,7 @@ class BitNetForTraining(nn.Module):
         self.shape = shape
         self.ternary = ternary
         self.model = Decoder(shape, ternary)
-        cos, sin = rope_tables(shape, shape.max_position_embeddings)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.make_rope_tables()
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 # Of size 1 after every projection; what blocks add to the residual stream is
@@ -205,6 +203,11 @@ class BitNetForTraining(nn.Module):
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     std /= (2 * shape.num_hidden_layers) ** 0.5
                 nn.init.normal_(parameter, std=std)
+
+    def make_rope_tables(self) -> None:
+        cos, sin = rope_tables(self.shape, self.shape.max_position_embeddings)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def hidden_states(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """int64[B, T] -> float32[B, T, hidden], after the final norm.

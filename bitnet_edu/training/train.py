@@ -101,6 +101,7 @@ class Training:
         bf16: bool | None = None,
         compiled: bool = False,
     ) -> None:
+        torch.set_flush_denormal(True)  # numbers below 1e-38 cost time and carry nothing here
         self.recipe, self.device = recipe, find_device(device)
         self.require_room(model)
         self.model = model.to(self.device)
