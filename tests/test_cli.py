@@ -20,7 +20,7 @@ from bitnet_edu import cli, doctor
 from bitnet_edu.proof import report, transformers
 from bitnet_edu.terminal import Terminal
 
-VERBS = ["chat", "generate", "verify", "info", "evaluate", "doctor"]
+VERBS = ["chat", "generate", "verify", "info", "evaluate", "train", "doctor"]
 
 
 def run(

@@ -5,6 +5,8 @@ function, the tokenizer and a few whole numbers, the numbers of the documents th
 those that wait. Whoever notes these numbers can go on with the same batches later.
 """
 
+import hashlib
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -47,6 +49,11 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(part.to(device) for part in (self.ids, self.targets, self.mask)))
+
+
+def fingerprint(documents: Documents, count: int = 200) -> str:
+    """A hash of the first documents, which tells one endless corpus from another."""
+    return hashlib.sha256(json.dumps([documents(n) for n in range(count)]).encode()).hexdigest()
 
 
 def texts(documents: Iterable[Document]) -> Iterator[str]:

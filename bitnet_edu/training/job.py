@@ -8,7 +8,14 @@ import torch
 
 from bitnet_edu.errors import InputError, require_whole
 from bitnet_edu.training import own, run
-from bitnet_edu.training.data import Batch, Documents, exam_documents, finite_batches, texts
+from bitnet_edu.training.data import (
+    Batch,
+    Documents,
+    exam_documents,
+    fingerprint,
+    finite_batches,
+    texts,
+)
 from bitnet_edu.training.model import ModelShape, new_model
 from bitnet_edu.training.start import Start, start_from
 from bitnet_edu.training.train import (
@@ -20,13 +27,13 @@ from bitnet_edu.training.train import (
     tokenizer_of,
 )
 
-# From random weights, unless a start is named.
+# What starts from random weights. I2_S wants rows in multiples of 128.
 SMALL = ModelShape(
     vocab_size=1024,
-    hidden_size=192,
-    intermediate_size=576,
+    hidden_size=256,
+    intermediate_size=512,
     num_hidden_layers=4,
-    num_attention_heads=6,
+    num_attention_heads=4,
     num_key_value_heads=2,
 )
 BATCH, LENGTH = 2048, 128  # tokens in a batch, and in a row
@@ -114,7 +121,8 @@ def book_material(job: Job, recipe: Recipe, start: Start) -> Material:
     exam = exam_documents(EXAM)
     length = min(256, start.model.shape.max_position_embeddings)
     batches = finite_batches(exam, start.tokenizer, 2 * recipe.rows, length)
-    return Material(own_corpus(job.seed), batches, "book", {"held_out_documents": len(exam)})
+    stream, counts = own_corpus(job.seed), {"held_out_documents": len(exam)}
+    return Material(stream, batches, fingerprint(stream), counts)
 
 
 def from_scratch(read: own.Corpus | None, seed: int) -> Start:

@@ -131,7 +131,5 @@ def training_bytes(shape: ModelShape, recipe: Recipe) -> int:
     embedding = shape.vocab_size * hidden
     length = recipe.length * (4 if recipe.long_every else 1)
     remembered = shape.num_hidden_layers * (12 * hidden + 8 * ffn + 3 * heads * length)
-    tokens = recipe.rows * recipe.length
-    return (
-        16 * (ternary + embedding) + 4 * ternary + 4 * tokens * (remembered + 3 * shape.vocab_size)
-    )
+    per_token = remembered + 3 * shape.vocab_size
+    return 16 * (ternary + embedding) + 4 * ternary + 5 * recipe.rows * recipe.length * per_token
