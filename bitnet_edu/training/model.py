@@ -66,12 +66,16 @@ class StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-def straight_through(x: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
-    return StraightThrough.apply(x, quantize)
+def quantize_input(x: Tensor, ternary: bool = True) -> Tensor:
+    """What a BitLinear layer sees of its input: int8 values, with a straight-through gradient.
+
+    Outside of the layer, for those that read the same input. The twin (`ternary=False`) sees x.
+    """
+    return StraightThrough.apply(x, fake_quantize_activation) if ternary else x
 
 
 class BitLinear(nn.Linear):
-    """A linear layer without bias whose forward pass sees int8 inputs and ternary weights.
+    """A linear layer without bias and with ternary weights, for inputs from `quantize_input`.
 
     What is stored and trained are the master weights, float[out, in]. `ternary=False` makes an
     ordinary linear layer of the same name, shape and start.
@@ -84,8 +88,7 @@ class BitLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.ternary:
             return F.linear(x, self.weight)
-        weight = straight_through(self.weight, fake_quantize_weight)
-        return F.linear(straight_through(x, fake_quantize_activation), weight)
+        return F.linear(x, StraightThrough.apply(self.weight, fake_quantize_weight))
 
 
 class RMSNorm(nn.Module):
@@ -119,7 +122,7 @@ class Attention(nn.Module):
 
     def __init__(self, shape: ModelShape, ternary: bool) -> None:
         super().__init__()
-        self.head_dim = shape.head_dim
+        self.ternary, self.head_dim = ternary, shape.head_dim
         kv_size = shape.num_key_value_heads * shape.head_dim
         self.q_proj = BitLinear(shape.hidden_size, shape.hidden_size, ternary)
         self.k_proj = BitLinear(shape.hidden_size, kv_size, ternary)
@@ -129,6 +132,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
         batch, length, _ = x.shape
+        x = quantize_input(x, self.ternary)
         q, k, v = (
             proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -141,7 +145,7 @@ class Attention(nn.Module):
         shares = scores.softmax(-1).view(batch, groups, -1, length)
         heads = (shares.to(v.dtype) @ v).view(batch, -1, length, self.head_dim)
         heads = heads.transpose(1, 2).reshape(batch, length, -1)
-        return self.o_proj(self.attn_sub_norm(heads))
+        return self.o_proj(quantize_input(self.attn_sub_norm(heads), self.ternary))
 
 
 class MLP(nn.Module):
@@ -149,14 +153,17 @@ class MLP(nn.Module):
 
     def __init__(self, shape: ModelShape, ternary: bool) -> None:
         super().__init__()
+        self.ternary = ternary
         self.gate_proj = BitLinear(shape.hidden_size, shape.intermediate_size, ternary)
         self.up_proj = BitLinear(shape.hidden_size, shape.intermediate_size, ternary)
         self.down_proj = BitLinear(shape.intermediate_size, shape.hidden_size, ternary)
         self.ffn_sub_norm = RMSNorm(shape.intermediate_size, shape.rms_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = quantize_input(x, self.ternary)
         gate = F.relu(self.gate_proj(x)).square()
-        return self.down_proj(self.ffn_sub_norm(gate * self.up_proj(x)))
+        inner = self.ffn_sub_norm(gate * self.up_proj(x))
+        return self.down_proj(quantize_input(inner, self.ternary))
 
 
 class DecoderLayer(nn.Module):

@@ -14,10 +14,11 @@ from bitnet_edu.training.model import (
     BitLinear,
     BitNetForTraining,
     ModelShape,
+    StraightThrough,
     fake_quantize_activation,
     fake_quantize_weight,
     new_model,
-    straight_through,
+    quantize_input,
 )
 from bitnet_edu.training.train import new_tokenizer
 
@@ -36,7 +37,7 @@ SHAPE = ModelShape(
 def test_straight_through_gradient_is_the_identity(quantize) -> None:
     x = torch.randn(5, 8, requires_grad=True)
     gradient = torch.randn(5, 8)
-    quantized = straight_through(x, quantize)
+    quantized = StraightThrough.apply(x, quantize)
     quantized.backward(gradient)
     assert torch.equal(x.grad, gradient)
     assert not torch.equal(quantized, x)
@@ -44,7 +45,7 @@ def test_straight_through_gradient_is_the_identity(quantize) -> None:
 
 def test_straight_through_equals_the_detach_formula() -> None:
     x = torch.randn(6, 16, requires_grad=True)
-    ours = straight_through(x, fake_quantize_weight).square().sum()
+    ours = StraightThrough.apply(x, fake_quantize_weight).square().sum()
     (gradient,) = torch.autograd.grad(ours, x)
     textbook = x + (fake_quantize_weight(x) - x).detach()
     (expected,) = torch.autograd.grad(textbook.square().sum(), x)
@@ -53,14 +54,14 @@ def test_straight_through_equals_the_detach_formula() -> None:
 
 def test_weight_gradient_of_a_layer_sees_quantized_inputs() -> None:
     layer, x = BitLinear(8, 4), torch.randn(3, 8)
-    layer(x).sum().backward()
+    layer(quantize_input(x)).sum().backward()
     expected = fake_quantize_activation(x).sum(0).expand(4, 8)
     torch.testing.assert_close(layer.weight.grad, expected)
 
 
 def test_a_layer_equals_the_detach_formula_in_output_and_gradients() -> None:
     layer, x = BitLinear(24, 12), torch.randn(5, 24, requires_grad=True)
-    out = layer(x)
+    out = layer(quantize_input(x))
     gradients = torch.autograd.grad(out.square().sum(), (x, layer.weight))
     xq = x + (fake_quantize_activation(x) - x).detach()
     wq = layer.weight + (fake_quantize_weight(layer.weight) - layer.weight).detach()
@@ -70,7 +71,7 @@ def test_a_layer_equals_the_detach_formula_in_output_and_gradients() -> None:
     torch.testing.assert_close(gradients, expected)
 
 
-def test_the_twin_has_the_same_names_and_start_and_quantizes_nothing() -> None:
+def test_the_twin_has_the_same_names_and_start_and_quantizes_nothing(monkeypatch) -> None:
     model, twin = new_model(SHAPE, seed=3), new_model(SHAPE, seed=3, ternary=False)
     for (name, ours), (other, theirs) in zip(
         model.named_parameters(), twin.named_parameters(), strict=True
@@ -80,9 +81,15 @@ def test_the_twin_has_the_same_names_and_start_and_quantizes_nothing() -> None:
     x = torch.randn(5, SHAPE.hidden_size)
     layer = twin.model.layers[0].self_attn.q_proj
     assert torch.equal(layer(x), x @ layer.weight.T)
+    assert torch.equal(quantize_input(x, twin.ternary), x)
     assert not torch.allclose(model.model.layers[0].self_attn.q_proj(x), layer(x), rtol=1e-3)
     ids = torch.arange(20)[None]
     assert not torch.allclose(model(ids), twin(ids), rtol=1e-2)
+    for name in ("fake_quantize_weight", "fake_quantize_activation"):
+        monkeypatch.setattr(f"bitnet_edu.training.model.{name}", None)
+    twin(ids)
+    with pytest.raises(TypeError):
+        model(ids)
 
 
 def test_the_loss_is_the_sum_over_the_tokens_that_count() -> None:
