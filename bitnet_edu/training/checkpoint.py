@@ -49,9 +49,9 @@ def named_tensors(training: Training) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{moment}.{name}", training.optimizer.state[parameter][moment]
 
 
-def write(training: Training, file: Path, identity: dict[str, Any], results: dict) -> None:
-    """Write a checkpoint as a new file. results: further values to find again."""
-    state = {
+def state_of(training: Training, identity: dict[str, Any], results: dict) -> dict[str, Any]:
+    """Where a training stands, in plain values. results: further ones to find again."""
+    return {
         "step": training.step,
         "tokens": training.tokens,
         "seconds": training.seconds,
@@ -59,6 +59,10 @@ def write(training: Training, file: Path, identity: dict[str, Any], results: dic
         "identity": identity,
         "results": results,
     }
+
+
+def write(training: Training, file: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint as a new file."""
     tensors = [
         Tensor(name, np.dtype(np.float32), tuple(tensor.shape), partial(as_array, tensor))
         for name, tensor in named_tensors(training)
@@ -66,11 +70,11 @@ def write(training: Training, file: Path, identity: dict[str, Any], results: dic
     write_tensors(file, tensors, {"format": "pt", "training": json.dumps(state)})
 
 
-def save(training: Training, file: Path, identity: dict[str, Any], results: dict) -> None:
+def save(training: Training, file: Path, state: dict[str, Any]) -> None:
     """Replace a checkpoint, or leave it as it is. BitNetError where the disk refuses."""
     size = 4 * sum(tensor.numel() for _, tensor in named_tensors(training)) + 2**20
     with all_or_nothing(file, size) as new:
-        write(training, new, identity, results)
+        write(training, new, state)
 
 
 def restore(training: Training, file: Path, identity: dict[str, Any]) -> dict:

@@ -24,7 +24,7 @@ TOY |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 OPTIONS = {"steps": 12, "rows": 2, "length": 32, "threads": 1}
 
 # A training of its own process that kills itself: at a step, in the middle of writing a checkpoint,
-# in the middle of a line of the log, while the model is exported, or before the checkpoint goes.
+# in the middle of a line of the log, while the model is exported, or before its record is written.
 SCRIPT = """
 import os, signal, sys
 from dataclasses import replace
@@ -62,8 +62,8 @@ advance, train.Training.advance = train.Training.advance, step
 append, log.append = log.append, line
 if where == "export":
     export.write_tokenizer = lambda *arguments: die()
-if where == "unlink":
-    Path.unlink = lambda self, **options: die() if self.suffix == ".safetensors" else None
+if where == "record":
+    run.write_json = lambda *arguments: die()
 job.train_job(job.Job(folder, corpus, resume=True, **{options}))
 """
 
@@ -97,7 +97,7 @@ def test_a_killed_training_goes_on_to_the_bit(tmp_path, corpus) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(toy=TOY, options=OPTIONS), encoding="utf-8")
     folder = tmp_path / "killed"
-    kills = [("write", 1), ("step", 5), ("write", 3), ("line", 3), ("export", 0), ("unlink", 0)]
+    kills = [("write", 1), ("step", 5), ("write", 3), ("line", 3), ("export", 0), ("record", 0)]
     for where, number in [*kills, ("never", 0)]:
         arguments = [where, str(number), str(folder), str(corpus)]
         done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)

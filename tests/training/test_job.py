@@ -49,7 +49,13 @@ def test_from_scratch_on_conversations(tmp_path, chats, capsys) -> None:
     assert found["tokens"] == 40 * 2 * 128
     assert (found["documents"], found["held_out_documents"]) == (11, 1)
     assert "40/40: loss" in progress
-    names = {"config.json", "generation_config.json", "model.safetensors", "training.csv"}
+    names = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "training.csv",
+        "training.json",
+    }
     names |= {"tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in out.iterdir()} == names
     assert "".join(bitnet_edu.ChatSession(bitnet_edu.load(str(out))).send("Who sits at 2?"))
@@ -144,4 +150,10 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, chats, capsys, monkeypatch) -> None:
         patch.setattr(job.Training, "advance", interrupt)
         assert cli.main(["train", str(chats), "--out", out, *QUICK]) == 130
     assert "--resume goes on" in capsys.readouterr().err
-    assert cli.main(["train", str(chats), "--out", out, *QUICK, "--resume"]) == 0
+    again = ["train", str(chats), "--out", out, *QUICK, "--resume", "--json"]
+    assert cli.main(again) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert cli.main(again) == 0  # there is nothing left to do
+    assert json.loads(capsys.readouterr().out) == first
+    assert cli.main([*again, "--seed", "1"]) == 2
+    assert "seed 0 instead of 1" in capsys.readouterr().err
