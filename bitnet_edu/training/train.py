@@ -241,6 +241,8 @@ def join_processes(device: torch.device) -> tuple[int, int]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1
     if not distributed.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return distributed.get_rank(), distributed.get_world_size()
 
