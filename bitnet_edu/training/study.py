@@ -31,10 +31,14 @@ TRAINING, TUNING, HELD_OUT = 0, 1, 2  # the village's random numbers of three pu
 KINDS = ("ternary", "full")
 FIELDS = ("step", "tokens", "seconds", "loss", "tuning", "held_out", *village.KINDS)
 
-SIZES = {32: 2, 64: 2, 96: 3, 160: 4, 256: 4}  # hidden -> layers
-SEEDS = {32: 5, 64: 3, 96: 3, 160: 2, 256: 1}  # hidden -> runs of each kind
-SWEEP = {32: (4e-3, 8e-3, 16e-3, 32e-3), 64: (4e-3, 8e-3, 16e-3)}  # hidden -> rates that were tried
-RATES = {"ternary": 8e-3, "full": 8e-3}  # of the smallest size, as the sweep chose them
+LAYERS = 2
+SEEDS = {32: 4, 64: 3, 128: 3, 256: 2}  # hidden -> runs of each kind
+SWEEP = {  # the rates that were tried, by hidden size
+    32: (4e-3, 8e-3, 16e-3, 32e-3),
+    64: (4e-3, 8e-3, 16e-3),
+    128: (2e-3, 4e-3, 8e-3),
+}
+RATES = {"ternary": 16e-3, "full": 8e-3}  # the best of the sweep at hidden size 32
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,11 @@ class Run:
         return Recipe(STEPS, ROWS, LENGTH, 0, rates, warmup=WARMUP, seed=self.seed)
 
 
+def rate_of(kind: str, hidden: int) -> float:
+    """The learning rate of a size: from the smallest on it falls as the hidden size grows."""
+    return RATES[kind] * 32 / hidden
+
+
 def sweep() -> list[Run]:
     """The runs that chose the learning rates."""
     return [
@@ -69,7 +78,7 @@ def sweep() -> list[Run]:
 def comparison() -> list[Run]:
     """The runs that are compared: one seed of every size first, then the others."""
     runs = [
-        Run(hidden, kind, RATES[kind], seed)
+        Run(hidden, kind, rate_of(kind, hidden), seed)
         for hidden, seeds in SEEDS.items()
         for seed in range(seeds)
         for kind in KINDS
@@ -82,7 +91,7 @@ def shape_of(hidden: int) -> ModelShape:
         vocab_size=len(village.WORDS),
         hidden_size=hidden,
         intermediate_size=3 * hidden,
-        num_hidden_layers=SIZES[hidden],
+        num_hidden_layers=LAYERS,
         num_attention_heads=hidden // 16,
         num_key_value_heads=hidden // 32,
         max_position_embeddings=LENGTH,
@@ -152,7 +161,7 @@ def count(hidden: int) -> dict[str, int]:
     rest = 2 * (sum(p.numel() for p in model.parameters()) - linear)  # bf16: embedding and norms
     return {
         "hidden": hidden,
-        "layers": SIZES[hidden],
+        "layers": LAYERS,
         "linear": linear,
         "embedding": embedding,
         "bytes_full": rest + 2 * linear,
@@ -165,7 +174,7 @@ def description() -> dict:
     """What the logs don't say: sizes, recipe, the text's own surprise, versions, machine."""
     recipe = Run(32, "full", 1.0, 0).recipe
     return {
-        "sizes": [count(hidden) for hidden in SIZES],
+        "sizes": [count(hidden) for hidden in SEEDS],
         "compared": [run.name for run in comparison()],
         "sweep": [run.name for run in sweep()],
         "tokens": STEPS * ROWS * LENGTH,

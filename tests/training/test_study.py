@@ -76,11 +76,13 @@ def test_the_committed_logs_are_those_of_this_script() -> None:
     assert sum(file.stat().st_size for file in LOGS.iterdir()) < 300_000
 
 
-def test_the_rates_are_those_that_the_sweep_chose() -> None:
-    for kind in study.KINDS:
-        losses = {
-            run.rate: rows_of(LOGS / f"{run.name}.csv")[-1]["tuning"]
-            for run in study.sweep()
-            if run.kind == kind and run.hidden == min(study.SWEEP)
-        }
-        assert study.RATES[kind] == min(losses, key=losses.get)
+@pytest.mark.parametrize("hidden", study.SWEEP)
+@pytest.mark.parametrize("kind", study.KINDS)
+def test_the_rates_are_near_the_best_of_the_sweep(kind: str, hidden: int) -> None:
+    losses = {
+        run.rate: rows_of(LOGS / f"{run.name}.csv")[-1]["tuning"]
+        for run in study.sweep()
+        if run.kind == kind and run.hidden == hidden
+    }
+    above = losses[study.rate_of(kind, hidden)] - min(losses.values())
+    assert above == 0 if hidden == min(study.SWEEP) else above < 0.005
