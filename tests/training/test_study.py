@@ -25,7 +25,7 @@ def rows_of(file: Path) -> list[dict[str, float]]:
 
 
 def test_a_log_is_written_once(short: study.Run, tmp_path: Path) -> None:
-    assert "held out" in study.write_log(short, tmp_path)
+    assert "held-out loss" in study.write_log(short, tmp_path)
     (file,) = tmp_path.iterdir()
     rows = rows_of(file)
     assert [row["step"] for row in rows] == [2, 4]
