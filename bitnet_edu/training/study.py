@@ -32,7 +32,7 @@ KINDS = ("ternary", "full")
 FIELDS = ("step", "tokens", "seconds", "loss", "tuning", "held_out", *village.KINDS)
 
 LAYERS = 2
-SEEDS = {32: 8, 64: 4, 128: 3, 256: 2}  # hidden -> runs of each kind
+SEEDS = {32: 8, 64: 4, 128: 3, 256: 3}  # hidden -> runs of each kind
 SWEEP = {  # the rates that were tried, by hidden size
     32: (4e-3, 8e-3, 16e-3, 32e-3),
     64: (4e-3, 8e-3, 16e-3),
