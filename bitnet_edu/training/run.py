@@ -19,7 +19,7 @@ from bitnet_edu.tokenizer import Tokenizer
 from bitnet_edu.training import checkpoint, log
 from bitnet_edu.training.data import Batch
 from bitnet_edu.training.export import export
-from bitnet_edu.training.train import Training, mean_loss
+from bitnet_edu.training.train import Training, leave_processes, mean_loss
 
 CHECKPOINT, LOG, RECORD = "checkpoint.safetensors", "training.csv", "training.json"
 SAVES = 10  # in a training, and at least one in each
@@ -105,7 +105,7 @@ def run(
             write_json(new, state)
         (folder / CHECKPOINT).unlink()
     if training.world > 1:
-        distributed.destroy_process_group()
+        leave_processes()
     return result_of(state)
 
 

@@ -247,6 +247,17 @@ def join_processes(device: torch.device) -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
+def leave_processes() -> None:
+    """Take the group of processes apart, after a pause in which nothing happens in it.
+
+    Gloo's threads need Python's lock to let go of their last tensors, and torch holds that lock
+    while it waits for these threads to end: without the pause one may wait for the other for ever.
+    """
+    distributed.barrier()
+    time.sleep(1)
+    distributed.destroy_process_group()
+
+
 def summed(value: torch.Tensor, world: int) -> float:
     """The sum of one number over all processes."""
     if world > 1:

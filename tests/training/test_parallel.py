@@ -44,7 +44,9 @@ def test_two_processes_have_the_losses_of_one(tmp_path) -> None:
     for name, launcher in (("one", []), ("two", torchrun)):
         command = [sys.executable, *launcher, str(script), str(corpus), str(tmp_path / name)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=1200
+        )
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("20/20: loss") == 1  # the second process is silent
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
