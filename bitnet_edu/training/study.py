@@ -140,7 +140,6 @@ def write_log(run: Run, folder: Path) -> str:
     file = folder / f"{run.name}.csv"
     if not file.exists():
         torch.set_num_threads(1)
-        torch.set_flush_denormal(True)
         rows = follow(run)
         with all_or_nothing(file) as new, new.open("w", newline="") as lines:
             writer = csv.writer(lines, lineterminator="\n")

@@ -8,8 +8,8 @@ lower one that falls to zero, without weight decay, so that the ternary weights 
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -81,6 +81,16 @@ def optimizer_for(model: BitNetForTraining, recipe: Recipe) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=recipe.peak_rates[0], betas=recipe.betas, fused=True)
 
 
+@contextmanager
+def flushing_subnormals() -> Iterator[None]:
+    """Numbers below 1e-38 are 0: they cost time and carry nothing. Others get them back after."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 class Training:
     """A training between two steps: the model, AdamW, the batches to come, and what was counted.
 
@@ -101,7 +111,6 @@ class Training:
         bf16: bool | None = None,
         compiled: bool = False,
     ) -> None:
-        torch.set_flush_denormal(True)  # numbers below 1e-38 cost time and carry nothing here
         self.recipe, self.device = recipe, find_device(device)
         self.require_room(model)
         self.model = model.to(self.device)
@@ -127,6 +136,7 @@ class Training:
                 f"{model.shape.max_position_embeddings}: choose a smaller length"
             )
 
+    @flushing_subnormals()
     def advance(self) -> Progress:
         """One step. BitNetError if loss or gradient are no numbers: the weights stay as they were.
 

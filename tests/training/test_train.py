@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -205,3 +206,10 @@ def loss_of(folder, batch) -> float:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         logits = torch.nn.Module.float(model)(batch.ids, attention_mask=batch.mask).logits
     return F.cross_entropy(logits.transpose(1, 2), batch.targets, ignore_index=IGNORED).item()
+
+
+def test_a_step_leaves_numpys_smallest_numbers_alone(tokenizer) -> None:
+    recipe = Recipe(steps=1, rows=4, length=64)
+    train(new_model(SHAPE, 0), recipe, tokenizer, own_corpus(0))
+    smallest = np.array([1], np.uint32).view(np.float32)  # 1.4e-45
+    assert (2 * smallest > smallest).all()
