@@ -418,10 +418,11 @@ class BitNet:
 
     def _embed(self, ids: np.ndarray, x: np.ndarray, settings: Settings) -> None:
         """x[t] = embedding[ids[t]]; of a head that is seldom read, no more stays in memory."""
+        spare = len(ids) > TOKENS and self._screens(settings)
         for first in range(0, len(ids), SPREAD):
             part = slice(first, min(first + SPREAD, len(ids)))
             x[part] = self.weights.embedding[ids[part]]
-            if len(ids) > TOKENS and self._screens(settings):
+            if spare:
                 release(self.weights.embedding)  # each row brings a megabyte around it along
 
     def _work_for(self, threads: int) -> Work:

@@ -6,12 +6,8 @@ tokens whether it is encoded whole or generated turn by turn.
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-from bitnet_edu.files.config import write_json
-from bitnet_edu.tokenizer import BITNET_CHAT_TEMPLATE
 
 BEGIN, END, END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 
@@ -46,18 +42,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))],
     )
     return tokenizer
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json (PreTrainedTokenizerFast) into `folder`."""
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BEGIN,
-        "eos_token": END,
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": max_length,
-        "chat_template": BITNET_CHAT_TEMPLATE,
-    }
-    write_json(folder / "tokenizer_config.json", config)

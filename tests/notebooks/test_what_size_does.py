@@ -1,21 +1,12 @@
 """The checks of chapter 14's exercises: each wrong answer is refused, and told what is wrong."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
+from exercise_checks import verdict_of
 
 from bitnet_edu.training import study
 
-NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "14_what_size_does.ipynb"
-CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
-CHECKS = [
-    "".join(cell["source"])
-    for cell in CELLS
-    if "exercise-check" in cell["metadata"].get("tags", [])
-]
 N = np.array([2e4, 1e5, 3e5, 1e6])
 FULL, TERNARY = (pd.DataFrame({"mean": 0.8 + a * N**-0.3}, index=N) for a in (8, 9))
 
@@ -25,10 +16,7 @@ def verdict(number: int, answer: str) -> str:
     names = {"np": np, "study": study, "N": N, "floor": 0.8, "gap_spread": 0.005}
     names |= {"losses": {"full": FULL, "ternary": TERNARY}, "full_loss": FULL["mean"]}
     names |= {"sizes": pd.DataFrame({"linear": N}, index=N)}
-    exec(answer, names)
-    check, call = CHECKS[number - 1].rstrip().rsplit("\n", 1)
-    exec(check, names)
-    return eval(call, names)
+    return verdict_of("14_what_size_does", number, answer, names)
 
 
 SIZES = {
